@@ -1,0 +1,7 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#define WUS_ISA avx2
+
+#include "kernels.inl"
+
+#endif

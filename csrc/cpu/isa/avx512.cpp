@@ -1,0 +1,7 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#define WUS_ISA avx512
+
+#include "kernels.inl"
+
+#endif

@@ -1,0 +1,2 @@
+// Every vector kernel; compiled once per instruction set.
+#include "../simd.h"
