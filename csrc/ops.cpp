@@ -9,8 +9,10 @@
 TORCH_LIBRARY(wus, m) {
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, "
-      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, bool skip_wgrad=False) -> Tensor");
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None, *, bool skip_wgrad=False) -> Tensor");
+      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, bool skip_wgrad=False) -> "
+      "Tensor");
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor? bias=None, *, bool skip_wgrad=False) -> Tensor");
 }
 
 namespace {

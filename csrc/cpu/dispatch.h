@@ -11,18 +11,26 @@ const char* isa_name();
 
 // The table made for the instruction set in use, of the three that wus::cpu::<isa> define.
 #if defined(__x86_64__)
-#define WUS_DISPATCH(table)                                                                \
-  (::wus::cpu::isa() == ::wus::cpu::Isa::avx512 ? ::wus::cpu::avx512::table                \
-   : ::wus::cpu::isa() == ::wus::cpu::Isa::avx2 ? ::wus::cpu::avx2::table                  \
+#define WUS_DISPATCH(table)                                                 \
+  (::wus::cpu::isa() == ::wus::cpu::Isa::avx512 ? ::wus::cpu::avx512::table \
+   : ::wus::cpu::isa() == ::wus::cpu::Isa::avx2 ? ::wus::cpu::avx2::table   \
                                                 : ::wus::cpu::generic::table)
-#define WUS_DECLARE_TABLE(type, table)                \
-  namespace avx512 { extern const type table; }       \
-  namespace avx2 { extern const type table; }         \
-  namespace generic { extern const type table; }
+#define WUS_DECLARE_TABLE(type, table) \
+  namespace avx512 {                   \
+  extern const type table;             \
+  }                                    \
+  namespace avx2 {                     \
+  extern const type table;             \
+  }                                    \
+  namespace generic {                  \
+  extern const type table;             \
+  }
 #else
 #define WUS_DISPATCH(table) (::wus::cpu::generic::table)
 #define WUS_DECLARE_TABLE(type, table) \
-  namespace generic { extern const type table; }
+  namespace generic {                  \
+  extern const type table;             \
+  }
 #endif
 
 }  // namespace wus::cpu

@@ -1,0 +1,135 @@
+"""Builds wus_ext._C: the CPU part everywhere, the CUDA part where torch and the machine allow it.
+
+FORCE_CUDA=1 makes a missing CUDA toolkit an error; FORCE_CPU=1 leaves the CUDA part out.
+TORCH_CUDA_ARCH_LIST chooses the GPU architectures (default: 8.0 9.0 10.0+PTX).
+"""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+except ImportError:
+    sys.exit(
+        "wus_ext is built against the installed torch, and none was found: "
+        "pip install torch, then pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).parent.resolve()
+DEFAULT_ARCHS = "8.0 9.0 10.0+PTX"
+CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+CXX_FLAGS += [
+    "-Wno-unknown-pragmas",
+    "-fvisibility=hidden",
+    *os.environ.get("WUS_CXXFLAGS", "").split(),
+]
+
+
+def toolkits():
+    """Where a CUDA toolkit may be: the environment's, the system's, pip's."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            yield Path(os.environ[name])
+    yield Path("/usr/local/cuda")
+    major = (torch.version.cuda or "0").split(".")[0]
+    yield Path(sysconfig.get_paths()["purelib"], "nvidia", f"cu{major}")
+
+
+def why_unusable(home):
+    """None when `home` can build for this torch, else the reason in a few words."""
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.exists():
+        return "no nvcc"
+    for header in ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"):
+        if not (home / "include" / header).exists():
+            return f"no {header}"
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", printed)
+    if release is None:
+        return "nvcc does not run"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is CUDA {release[1]}, torch was built with {torch.version.cuda}"
+    return None
+
+
+def find_cuda():
+    """The toolkit to build with, or None for a CPU-only build; says which and why."""
+    if os.environ.get("FORCE_CPU") == "1":
+        return None
+    if torch.version.cuda is None:
+        problems = ["this torch has no CUDA"]
+    else:
+        problems = []
+        for home in toolkits():
+            problem = why_unusable(home)
+            if problem is None:
+                print(f"wus_ext: building for CPU and CUDA with {home}")
+                return home
+            problems.append(f"{home}: {problem}")
+    reason = "; ".join(problems)
+    if os.environ.get("FORCE_CUDA") == "1":
+        version = torch.version.cuda
+        hint = (
+            f'; try: pip install "cuda-toolkit[nvcc,cccl,cudart]=={version}.*"' if version else ""
+        )
+        sys.exit(f"wus_ext: FORCE_CUDA=1, but no usable CUDA toolkit was found ({reason}){hint}")
+    print(f"wus_ext: building for CPU only ({reason})")
+    return None
+
+
+def cudart_directory(home):
+    """A directory with libcudart.so; pip's toolkit holds only libcudart.so.<major>."""
+    for folder in (home / "lib64", home / "lib"):
+        if (folder / "libcudart.so").exists():
+            return folder
+    link = ROOT / "build" / "cudart" / "libcudart.so"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(next((home / "lib").glob("libcudart.so.*")))
+    return link.parent
+
+
+def extension():
+    cuda = find_cuda()
+    if cuda is not None:
+        os.environ["CUDA_HOME"] = str(cuda)  # read when torch.utils.cpp_extension is imported
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    patterns = ["ops.cpp", "autograd/*.cpp", "cpu/**/*.cpp"]
+    flags = {"cxx": list(CXX_FLAGS)}
+    options = {}
+    if cuda is not None:
+        patterns += ["cuda/*.cpp", "cuda/*.cu"]
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"]
+        flags["cxx"] += [
+            "-DWUS_WITH_CUDA",
+            f'-DWUS_CUDA_VERSION="{torch.version.cuda}"',
+            f'-DWUS_CUDA_ARCHS="{archs}"',
+        ]
+        flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo"]
+        options["library_dirs"] = [str(cudart_directory(cuda))]
+    csrc = Path("csrc")
+    sources = sorted({str(path) for pattern in patterns for path in csrc.glob(pattern)})
+    headers = sorted(str(path) for end in ("h", "inl", "cuh") for path in csrc.rglob(f"*.{end}"))
+    build = CppExtension if cuda is None else CUDAExtension
+    module = build(
+        "wus_ext._C",
+        sources,
+        depends=headers,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
+        **options,
+    )
+    return [module], {"build_ext": BuildExtension}
+
+
+modules, commands = extension()
+setup(ext_modules=modules, cmdclass=commands)

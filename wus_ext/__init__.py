@@ -1,0 +1,26 @@
+"""wus_ext: skip steps for PyTorch. Training with frozen weights that costs what it should.
+
+>>> model = wus_ext.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
+>>> with wus_ext.skip_weight_updates(model):
+...     model(torch.randn(2, 3, 8, 8)).mean().backward()
+>>> [name for name, p in model.named_parameters() if p.grad is not None]
+['0.bias']
+"""
+
+from . import functional, nn
+from ._build import build_info
+from ._version import __version__
+from .skip import convert, describe, is_skipping, revert, set_skip, skip_weight_updates
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "convert",
+    "describe",
+    "functional",
+    "is_skipping",
+    "nn",
+    "revert",
+    "set_skip",
+    "skip_weight_updates",
+]

@@ -1,0 +1,341 @@
+"""Which steps are skip steps: ``convert``, ``revert``, ``set_skip``, ``skip_weight_updates``.
+
+In a skip step biases train and every other parameter is a constant: no gradient is computed for
+it, and nothing is saved for one. ``convert`` prepares a model in place, as
+``torch.nn.utils.parametrize`` does, by giving its layers and its root subclasses of their own
+classes: parameters, buffers, hooks, ``state_dict`` keys and optimizers stay what they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .nn import DROP_INS, SkipLayer, is_bias
+
+Model = TypeVar("Model", bound=nn.Module)
+
+logger = logging.getLogger("wus_ext")
+
+STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.CrossMapLRN2d,
+)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class SkipModel(SkipLayer):
+    """Mixin of a converted model's root.
+
+    Layers without a drop-in class run stock code in a skip step too, with their weights swapped
+    for detached ones while the root's ``forward`` runs.
+    """
+
+    skip_gamma: bool = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.skip_wgrad:
+            return super().forward(*args, **kwargs)
+        with _detached(list(_uncovered(self))):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class is made at run time: pickle the class it was made from.
+        _, _, *state = super().__reduce_ex__(2)
+        return (_new_skip_model, (_stock_class(type(self)),), *state)
+
+
+_skip_model_classes: dict[type, type] = {}
+
+
+def _skip_model_class(cls: type) -> type:
+    if cls not in _skip_model_classes:
+        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _skip_model_classes[cls] = type(f"Skip{cls.__name__}", (SkipModel, cls), namespace)
+    return _skip_model_classes[cls]
+
+
+def _stock_class(cls: type) -> type:
+    if issubclass(cls, SkipModel):
+        return cls.__bases__[1]
+    return STOCK.get(cls, cls)
+
+
+def _new_skip_model(cls: type) -> nn.Module:
+    made = _skip_model_class(cls)
+    return made.__new__(made)
+
+
+def convert(model: Model, *, skip_gamma: bool = True) -> Model:
+    """Makes a model skip-aware, in place; full steps stay stock PyTorch, bit for bit.
+
+    ``Conv2d``, ``Linear`` and normalisation layers become the drop-ins of :mod:`wus_ext.nn`
+    wherever they appear, also twice; any other layer stays stock and has its weights detached in
+    skip steps. May be called before or after the optimizer is made, and again after layers were
+    added. What was converted is logged (logger ``wus_ext``, level INFO); see :func:`describe`.
+
+    Args:
+        model: any module, wrapped in ``DistributedDataParallel`` or not.
+        skip_gamma: whether the scale of normalisation layers counts as a weight and is skipped
+            (default True) or trains in skip steps as biases do.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module`` or is a TorchScript module.
+        ValueError: if ``model`` holds a lazy layer that has not seen an input yet.
+
+    Warns:
+        UserWarning: if there was nothing to convert, or no bias that a skip step could train.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> wus_ext.convert(model) is model
+        True
+        >>> print(wus_ext.describe(model))
+        Sequential: 1 Conv2d; in a skip step 1 weight tensor (216 values) stands still and 1 bias \
+tensor (8 values) trains
+    """
+    _check_module(model)
+    root = _unwrap(model)
+    for name, module in root.named_modules():
+        if (
+            isinstance(module, nn.modules.lazy.LazyModuleMixin)
+            and module.has_uninitialized_params()
+        ):
+            raise ValueError(
+                f"model: the lazy layer {name!r} has no parameters yet; run one forward pass "
+                "before convert"
+            )
+    for module in root.modules():
+        norm = isinstance(module, NORMS)
+        if norm and not skip_gamma:
+            module.__class__ = _stock_class(type(module))
+        else:
+            module.__class__ = DROP_INS.get(type(module), type(module))
+    if not isinstance(root, SkipLayer):
+        root.__class__ = _skip_model_class(type(root))
+    if isinstance(root, SkipModel):
+        root.skip_gamma = skip_gamma
+    logger.info("converted %s", describe(root))
+    _warn_if_pointless(root)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undoes :func:`convert`, in place: every layer is stock PyTorch's again.
+
+    Layers built from :mod:`wus_ext.nn` become their stock classes too. Parameters, buffers, hooks
+    and optimizers stay what they are.
+
+    Args:
+        model: any module, converted or not.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module``.
+
+    Example:
+        >>> model = wus_ext.revert(wus_ext.convert(torch.nn.Linear(3, 2)))
+        >>> type(model) is torch.nn.Linear
+        True
+    """
+    _check_module(model)
+    for module in model.modules():
+        if isinstance(module, SkipLayer):
+            module.__dict__.pop("skip_wgrad", None)
+            module.__dict__.pop("skip_gamma", None)
+            module.__class__ = _stock_class(type(module))
+    return model
+
+
+def set_skip(model: nn.Module, skip: bool) -> None:
+    """Makes every following forward pass a skip step, or a full step again.
+
+    The decision is read in the forward pass, and backward follows what forward decided. Entering
+    a skip window sets the gradients of the skipped parameters to None, so that an optimizer
+    leaves them alone.
+
+    Args:
+        model: a converted model, or a wrapper of one (``DistributedDataParallel``, the result of
+            ``torch.compile``), or one built from :mod:`wus_ext.nn`.
+        skip: True for skip steps, False for full steps.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module`` or ``skip`` is no bool.
+        ValueError: if ``model`` has no layer that can skip.
+
+    Example:
+        >>> model = wus_ext.convert(torch.nn.Linear(3, 2))
+        >>> wus_ext.set_skip(model, True)
+        >>> wus_ext.is_skipping(model)
+        True
+    """
+    if not isinstance(skip, bool):
+        raise TypeError(f"skip: expected a bool, got {type(skip).__name__}")
+    layers = _skip_layers(model)
+    if skip and not all(layer.skip_wgrad for layer in layers):
+        for parameter in _skipped_parameters(model):
+            parameter.grad = None
+    for layer in layers:
+        layer.skip_wgrad = skip
+
+
+def is_skipping(model: nn.Module) -> bool:
+    """Whether the next forward pass of ``model`` is a skip step.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module``.
+        ValueError: if ``model`` has no layer that can skip.
+    """
+    return any(layer.skip_wgrad for layer in _skip_layers(model))
+
+
+@contextmanager
+def skip_weight_updates(model: Model) -> Iterator[Model]:
+    """Forward and backward inside are a skip step; afterwards the model is as it was before.
+
+    Args:
+        model: as for :func:`set_skip`.
+
+    Raises:
+        TypeError, ValueError: as :func:`set_skip`.
+
+    Example:
+        >>> model = wus_ext.convert(torch.nn.Linear(3, 2))
+        >>> with wus_ext.skip_weight_updates(model):
+        ...     model(torch.randn(4, 3)).mean().backward()
+        >>> model.weight.grad is None, model.bias.grad is None
+        (True, False)
+    """
+    before = [(layer, layer.skip_wgrad) for layer in _skip_layers(model)]
+    set_skip(model, True)
+    try:
+        yield model
+    finally:
+        for layer, skip in before:
+            layer.skip_wgrad = skip
+
+
+def describe(model: nn.Module) -> str:
+    """What a skip step of ``model`` trains and what stands still, in one line."""
+    _check_module(model)
+    root = _unwrap(model)
+    kinds = Counter(
+        _stock_class(type(module)).__name__
+        for module in root.modules()
+        if isinstance(module, SkipLayer) and not isinstance(module, SkipModel)
+    )
+    layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no drop-in layer"
+    skipped = {id(parameter): parameter for parameter in _skipped_parameters(root)}
+    trained = [p for p in root.parameters() if p.requires_grad and id(p) not in skipped]
+    return (
+        f"{_stock_class(type(root)).__name__}: {layers}; in a skip step "
+        f"{_count(skipped.values(), 'weight')} {'stands' if len(skipped) == 1 else 'stand'} still "
+        f"and {_count(trained, 'bias')} {'trains' if len(trained) == 1 else 'train'}"
+    )
+
+
+def _count(parameters: Any, kind: str) -> str:
+    parameters = list(parameters)
+    values = sum(parameter.numel() for parameter in parameters)
+    return f"{len(parameters)} {kind} tensor{'s' * (len(parameters) != 1)} ({values} values)"
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    # A TorchScript module's code is fixed; torch.jit is looked up late because it warns.
+    if type(model).__module__.startswith("torch.jit"):
+        raise TypeError("model: a TorchScript module cannot be converted; convert it before jit")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _skip_layers(model: nn.Module) -> list[SkipLayer]:
+    _check_module(model)
+    layers = [module for module in model.modules() if isinstance(module, SkipLayer)]
+    if not layers:
+        raise ValueError(
+            f"model: {type(model).__name__} has no layer that can skip; "
+            "call wus_ext.convert(model) first"
+        )
+    return layers
+
+
+def _skipped_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter that gets no gradient in a skip step of ``model``."""
+    for module in model.modules():
+        if isinstance(module, SkipLayer):
+            yield from module.skipped_parameters()
+        if isinstance(module, SkipModel):
+            for owner, name in _uncovered(module):
+                yield owner._parameters[name]
+
+
+def _uncovered(root: SkipModel) -> Iterator[tuple[nn.Module, str]]:
+    """Skipped parameters that no drop-in layer looks after, as (owner, name)."""
+    for path, module in root.named_modules():
+        if isinstance(module, SkipLayer) and module is not root:
+            continue
+        if isinstance(module, NORMS) and not root.skip_gamma:
+            continue
+        if is_bias(path.removesuffix(".original")) and "parametrizations" in path:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not is_bias(name):
+                yield module, name
+
+
+@contextmanager
+def _detached(parameters: list[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Swaps parameters for detached ones, which share their storage."""
+    originals = [(owner, name, owner._parameters[name]) for owner, name in parameters]
+    try:
+        for owner, name, parameter in originals:
+            _assign(owner, name, parameter.detach())
+        yield
+    finally:
+        for owner, name, parameter in originals:
+            _assign(owner, name, parameter)
+
+
+def _assign(owner: nn.Module, name: str, value: Any) -> None:
+    owner._parameters[name] = value
+    if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
+        owner._flat_weights[owner._flat_weights_names.index(name)] = value
+
+
+def _warn_if_pointless(root: nn.Module) -> None:
+    skipped = {id(parameter) for parameter in _skipped_parameters(root)}
+    if not skipped:
+        warnings.warn(
+            f"convert: {type(root).__name__} has no weight to skip; nothing was converted",
+            stacklevel=3,
+        )
+    elif not any(p.requires_grad and id(p) not in skipped for p in root.parameters()):
+        warnings.warn(
+            f"convert: {_stock_class(type(root)).__name__} has no bias: a skip step trains nothing",
+            stacklevel=3,
+        )
