@@ -71,26 +71,44 @@ class Linear(SkipLayer, nn.Linear):
         return functional.linear(input, self.weight, self.bias, skip_wgrad=self.skip_wgrad)
 
 
+def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the next forward pass of a norm layer normalises with the batch's statistics."""
+    if norm.running_mean is None or norm.running_var is None:
+        return True
+    frozen = getattr(norm, "frozen_statistics", False) and norm.skip_wgrad
+    return norm.training and not frozen
+
+
+def count_batch(norm: nn.modules.batchnorm._BatchNorm) -> float:
+    """Counts a batch that updates the running statistics, as stock; returns the momentum."""
+    momentum = norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # cumulative average
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if momentum is None else momentum
+
+
 class _BatchNorm(SkipLayer):
+    #: In skip steps while training: normalise with the running statistics, which stand still.
+    frozen_statistics: bool = False
+
     def forward(self, input: Tensor) -> Tensor:
-        if not self.skip_wgrad or self.weight is None:
+        if not self.skip_wgrad:
             return super().forward(input)
         self._check_input_dim(input)
-        momentum = self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
-        use_batch = self.training or (self.running_mean is None and self.running_var is None)
-        track = not self.training or self.track_running_stats
+        batch = uses_batch_statistics(self)
+        momentum = count_batch(self) if batch else 0.0
+        # Statistics that are kept but not tracked any more are used in evaluation only.
+        given = not self.training or self.track_running_stats
         return F.batch_norm(
             input,
-            self.running_mean if track else None,
-            self.running_var if track else None,
-            self.weight.detach(),
+            self.running_mean if given else None,
+            self.running_var if given else None,
+            None if self.weight is None else self.weight.detach(),
             self.bias,
-            use_batch,
-            0.0 if momentum is None else momentum,
+            batch,
+            momentum,
             self.eps,
         )
 

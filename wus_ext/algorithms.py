@@ -1,0 +1,249 @@
+"""Convolutions with frozen weights: how one is computed, forward and data gradient.
+
+An algorithm is made for one layer, one input size and one window, holds the weights in the form it
+needs, and is shared by the chains of :mod:`wus_ext.chains`. All take and give float32 tensors in
+channels_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .options import SkipOptions
+from .packing import PackedWeights
+
+ops = torch.ops.wus
+aten = torch.ops.aten
+
+
+class Act(IntEnum):
+    """What follows a convolution, and what of it is saved for backward."""
+
+    NONE = 0  # nothing
+    RELU = 1  # ReLU; one bit an element
+    RELU_POOL = 2  # ReLU and 2x2 max-pool; one byte an output
+
+
+class Scheme(IntEnum):
+    """Winograd schemes: how many multiplications an output costs instead of nine."""
+
+    F2 = 2  # F(2x2, 3x3): 4
+    Z2 = 3  # whole 2x2 maps with padding 1: 2.25
+    F4 = 4  # F(4x4, 3x3): 2.25
+
+
+FREQUENCIES = {Scheme.F2: 16, Scheme.Z2: 9, Scheme.F4: 36}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution's numbers."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, input: Tensor) -> Geometry:
+        size = tuple(input.shape[2:])
+        output = tuple(
+            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1)
+            // conv.stride[i]
+            + 1
+            for i in range(2)
+        )
+        return cls(conv.stride, conv.padding, conv.dilation, conv.groups, size, output)
+
+
+class Direct:
+    """oneDNN's own convolution and element-wise kernels that save masks."""
+
+    def __init__(self, geometry: Geometry, weight: Tensor) -> None:
+        self.geometry = geometry
+        self.weight = weight
+
+    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        output = self._convolve(input, bias)
+        if act == Act.RELU:
+            return ops.relu_mask_(output)
+        if act == Act.RELU_POOL:
+            return ops.relu_max_pool(output)
+        return output, None
+
+    def backward(
+        self, grad: Tensor, mask: Tensor | None, act: Act, need_input: bool, need_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        grad, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_input, need_bias)
+        return (self.dgrad(grad) if need_input else None), grad_bias
+
+    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        output = self._convolve(input, bias)
+        mean, var = ops.batch_norm_stats(output)
+        return output, mean, var
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        g, weight = self.geometry, self.weight
+        left_over = [
+            g.input_size[i]
+            - (g.output_size[i] - 1) * g.stride[i]
+            + 2 * g.padding[i]
+            - g.dilation[i] * (weight.size(i + 2) - 1)
+            - 1
+            for i in range(2)
+        ]
+        return aten.convolution(
+            grad, weight, None, g.stride, g.padding, g.dilation, True, left_over, g.groups
+        )
+
+    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
+        grad_z, _ = ops.batch_norm_grad_input(grad, z, *coefficients, mask, act=int(act))
+        return self.dgrad(grad_z)
+
+    def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        return aten.conv2d(input, self.weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
+class Winograd:
+    """3x3, stride 1, on weights that were transformed and packed before."""
+
+    def __init__(
+        self, conv: nn.Conv2d, geometry: Geometry, scheme: Scheme, packed: Tensor, rotated: Tensor
+    ) -> None:
+        self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
+        self.input_size = geometry.input_size
+        self.output_size = geometry.output_size
+        self.padding = geometry.padding[0]
+        self.scheme = int(scheme)
+        self.packed = packed
+        self.rotated = rotated
+
+    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        output, mask = ops.winograd_forward(
+            input, self.packed, bias, self.out_channels, self.padding, self.scheme, int(act)
+        )
+        return output, (None if act == Act.NONE else mask)
+
+    def backward(
+        self, grad: Tensor, mask: Tensor | None, act: Act, need_input: bool, need_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not need_input:
+            return None, masked(grad, mask, act, self.output_size, False, need_bias)[1]
+        grad_input, grad_bias = ops.winograd_dgrad(
+            grad,
+            self.rotated,
+            mask,
+            self.in_channels,
+            self.input_size,
+            self.padding,
+            self.scheme,
+            int(act),
+            need_bias,
+        )
+        return grad_input, (grad_bias if need_bias else None)
+
+    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.winograd_forward_stats(
+            input, self.packed, bias, self.out_channels, self.padding, self.scheme
+        )
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        return self.backward(grad, None, Act.NONE, True, False)[0]
+
+    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
+        return ops.winograd_dgrad_norm(
+            grad,
+            self.rotated,
+            z,
+            *coefficients,
+            mask,
+            self.in_channels,
+            self.input_size,
+            self.padding,
+            self.scheme,
+            int(act),
+        )
+
+
+Algorithm = Direct | Winograd
+
+
+def masked(
+    grad: Tensor,
+    mask: Tensor | None,
+    act: Act,
+    output_size: tuple[int, int],
+    need_grad: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient in front of an activation, and its sum over all but the channels."""
+    if not (need_grad or need_bias):
+        return None, None
+    if act == Act.RELU_POOL:
+        return ops.max_pool_bias_grad(grad, mask, output_size, need_grad)
+    if act == Act.NONE:
+        return grad, (ops.mask_bias_grad(grad, None, False)[1] if need_bias else None)
+    return ops.mask_bias_grad(grad, mask, need_grad)
+
+
+def choose(
+    conv: nn.Conv2d,
+    geometry: Geometry,
+    weight: Callable[[], Tensor],
+    sources: tuple[Tensor, ...],
+    options: SkipOptions,
+    packed: PackedWeights,
+) -> Algorithm:
+    """The algorithm for one layer: what `options.algo` asks for, as far as layer and budget allow.
+
+    Args:
+        weight: gives the weight, or one with a frozen normalisation folded in.
+        sources: the tensors that `weight` was made from; when one changes, so does the copy.
+    """
+    for scheme in schemes(conv, geometry, options.algo):
+        key = (conv, scheme, len(sources))
+        if packed.fits(key, packed_nbytes(conv.weight, scheme)):
+            copies = packed.get(key, sources, partial(_transform, weight, scheme))
+            return Winograd(conv, geometry, scheme, *copies)
+    if sources == (conv.weight,):
+        return Direct(geometry, conv.weight.detach())
+    return Direct(geometry, *packed.get((conv, "folded"), sources, lambda: (weight(),)))
+
+
+def _transform(weight: Callable[[], Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
+    made = weight()
+    return ops.winograd_pack(made, False, int(scheme)), ops.winograd_pack(made, True, int(scheme))
+
+
+def schemes(conv: nn.Conv2d, geometry: Geometry, algo: str) -> list[Scheme]:
+    """Winograd schemes that suit a layer, best first; none where only the direct one does."""
+    suits = (
+        algo != "direct"
+        and conv.kernel_size == (3, 3)
+        and geometry.stride == (1, 1)
+        and geometry.dilation == (1, 1)
+        and geometry.groups == 1
+        and geometry.padding in ((0, 0), (1, 1), (2, 2))
+        and conv.in_channels >= 8
+    )
+    if not suits:
+        return []
+    if geometry.input_size == (2, 2) and geometry.padding == (1, 1):
+        return [Scheme.Z2, Scheme.F2]
+    if algo == "f2" or min(geometry.output_size) < 4:
+        return [Scheme.F2]
+    return [Scheme.F4, Scheme.F2]
+
+
+def packed_nbytes(weight: Tensor, scheme: Scheme) -> int:
+    """Bytes of a weight's two transformed copies, for the forward pass and the data gradient."""
+    return 2 * FREQUENCIES[scheme] * weight.size(0) * weight.size(1) * weight.element_size()

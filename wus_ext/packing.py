@@ -1,0 +1,63 @@
+"""Transformed copies of frozen weights: made once a window, within a memory budget.
+
+Weights stand still for a whole skip window, so what a convolution algorithm makes of them can be
+kept. A copy is made again when the weight's version counter or address says that the weight has
+changed, and all are dropped when the window ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class _Copy:
+    stamp: tuple
+    tensors: tuple[Tensor, ...]
+
+
+class PackedWeights:
+    """The transformed copies of one model's weights.
+
+    Args:
+        budget: bytes that all copies may take together, or None for no limit.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget = budget
+        self._copies: dict[Hashable, _Copy] = {}
+
+    def get(
+        self,
+        key: Hashable,
+        sources: tuple[Tensor, ...],
+        make: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """The copy named `key`, made by `make` unless `sources` are what they were."""
+        stamp = tuple((source.data_ptr(), source._version) for source in sources)
+        copy = self._copies.get(key)
+        if copy is None or copy.stamp != stamp:
+            self._copies.pop(key, None)
+            copy = self._copies[key] = _Copy(stamp, make())
+        return copy.tensors
+
+    def fits(self, key: Hashable, nbytes: int) -> bool:
+        """Whether a copy of `nbytes` may be made, or has been."""
+        if self.budget is None or key in self._copies:
+            return True
+        return self.nbytes() + nbytes <= self.budget
+
+    def nbytes(self) -> int:
+        """Bytes that the copies take."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for copy in self._copies.values()
+            for tensor in copy.tensors
+        )
+
+    def clear(self) -> None:
+        """Drops every copy; a graph that still needs one keeps it until its backward has run."""
+        self._copies.clear()
