@@ -30,7 +30,7 @@ class SkipLayer:
 
 def is_bias(name: str) -> bool:
     """Whether a parameter of this name trains in a skip step: ``bias``, ``in_proj_bias``, ..."""
-    return "bias" in name.rsplit(".", 1)[-1]
+    return "bias" in name.rsplit(".", 1)[-1].split("_")
 
 
 class Conv2d(SkipLayer, nn.Conv2d):
