@@ -124,7 +124,12 @@ def step(layer: nn.Module, input: torch.Tensor, grad_output=None):
     if grad_output is None:
         grad_output = torch.randn_like(output)
     output.backward(grad_output)
-    return output.detach(), grad_output, input.grad, {n: p.grad for n, p in layer.named_parameters()}
+    return (
+        output.detach(),
+        grad_output,
+        input.grad,
+        {n: p.grad for n, p in layer.named_parameters()},
+    )
 
 
 def assert_same(actual, expected, what: str) -> None:
@@ -210,9 +215,7 @@ def saved_by(layer: nn.Module, input: torch.Tensor) -> set[int]:
     return saved
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CONVS + LINEARS if 0 not in case.input], ids=str
-)
+@pytest.mark.parametrize("case", [case for case in CONVS + LINEARS if 0 not in case.input], ids=str)
 def test_a_skip_step_saves_the_weight_only(case):
     _, layer = case.make()
     input = torch.randn(case.input).requires_grad_()
