@@ -10,7 +10,15 @@
 from . import functional, nn
 from ._build import build_info
 from ._version import __version__
-from .skip import convert, describe, is_skipping, revert, set_skip, skip_weight_updates
+from .skip import (
+    convert,
+    describe,
+    is_skipping,
+    packed_bytes,
+    revert,
+    set_skip,
+    skip_weight_updates,
+)
 
 __all__ = [
     "__version__",
@@ -20,6 +28,7 @@ __all__ = [
     "functional",
     "is_skipping",
     "nn",
+    "packed_bytes",
     "revert",
     "set_skip",
     "skip_weight_updates",
