@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from functools import partial
 
 import pytest
@@ -20,7 +21,7 @@ NETWORKS = {
     "vgg16_bn": partial(vgg16, batch_norm=True),
     "resnet18": resnet18,
 }
-network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS.keys())
+network = pytest.mark.parametrize("name", NETWORKS)
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +29,20 @@ def seed():
     torch.manual_seed(0)
 
 
+@functools.cache
+def built(name):
+    """One network of each kind in eval mode, for tests that change nothing: building is slow."""
+    return NETWORKS[name]().eval()
+
+
 def images(n=2):
     return torch.randn(n, 3, 32, 32)
 
 
 @network
-@pytest.mark.parametrize("num_classes", [1, 10, 100])
-def test_output_shape(build, num_classes):
-    assert build(num_classes).eval()(images()).shape == (2, num_classes)
+@pytest.mark.parametrize("num_classes", [1, 100])
+def test_output_shape(name, num_classes):
+    assert NETWORKS[name](num_classes).eval()(images()).shape == (2, num_classes)
 
 
 # Convolution kxk, i -> o: k*k*i*o weights + o biases. Linear i -> o: i*o + o. Batch norm: 2*o.
@@ -78,90 +85,86 @@ PER_CLASS = {"alexnet": 4097}
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_parameter_count(name):
-    def count(num_classes):
-        return sum(p.numel() for p in NETWORKS[name](num_classes).parameters())
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
 
     total, by_hand = SIZES[name]
-    assert count(10) == total == by_hand
-    assert count(100) == total + 90 * PER_CLASS.get(name, 513)
+    assert count(built(name)) == total == by_hand
+    with torch.device("meta"):
+        assert count(NETWORKS[name](100)) == total + 90 * PER_CLASS.get(name, 513)
 
 
 @network
-def test_layers_are_wus_ext_layers(build):
-    layers = [m for m in build().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+def test_layers_are_wus_ext_layers(name):
+    layers = [m for m in built(name).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) >= 8
     assert all(type(layer) in (wnn.Conv2d, wnn.Linear) for layer in layers)
 
 
-def test_biases_are_torchvisions():
-    def convs(model):
-        return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-
-    for name in ("alexnet", "vgg11", "vgg11_bn", "vgg16", "vgg16_bn"):
-        assert all(conv.bias is not None for conv in convs(NETWORKS[name]()))
-    assert all(conv.bias is None for conv in convs(resnet18()))
+@network
+def test_biases_are_torchvisions(name):
+    convs = [m for m in built(name).modules() if isinstance(m, nn.Conv2d)]
+    with_bias = [conv.bias is not None for conv in convs]
+    assert with_bias == [name != "resnet18"] * len(convs)
 
 
 @network
-def test_every_relu_is_a_module_of_its_own(build):
+def test_every_relu_is_a_module_of_its_own(name):
     """So that hooks and fusion see each once."""
     calls = []
-    model = build().eval()
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.register_forward_hook(lambda module, *_: calls.append(module))
-    model(images())
-    assert len(calls) == len(set(calls)) == sum(isinstance(m, nn.ReLU) for m in model.modules())
+    relus = [m for m in built(name).modules() if isinstance(m, nn.ReLU)]
+    handles = [relu.register_forward_hook(lambda m, *_: calls.append(m)) for relu in relus]
+    built(name)(images())
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == len(set(calls)) == len(relus) > 0
 
 
 @network
-def test_he_initialisation(build):
-    for module in build().modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            fan_in = module.weight[0].numel()
-            samples = module.weight.numel()
-            expected = (2 / fan_in) ** 0.5
+def test_he_initialisation_of_convolutions(name):
+    for module in built(name).modules():
+        if isinstance(module, nn.Conv2d):
+            expected = (2 / module.weight[0].numel()) ** 0.5
             # The standard error of a sampled deviation is about expected / sqrt(2 * samples).
-            assert abs(module.weight.std() / expected - 1) < 6 / (2 * samples) ** 0.5
+            tolerance = 6 / (2 * module.weight.numel()) ** 0.5
+            assert abs(module.weight.std() / expected - 1) < tolerance
             assert module.bias is None or not module.bias.any()
 
 
 @network
-def test_state_dict_round_trip(build):
-    source, target = build().eval(), build().eval()
+def test_state_dict_round_trip(name):
+    target = NETWORKS[name]().eval()
     x = images()
-    assert not torch.equal(source(x), target(x))
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(source(x), target(x))
+    assert not torch.equal(built(name)(x), target(x))
+    target.load_state_dict(built(name).state_dict())
+    assert torch.equal(built(name)(x), target(x))
 
 
 @network
-def test_traces_with_fx(build):
-    model = build().eval()
+def test_traces_with_fx(name):
     x = images()
-    traced = torch.fx.symbolic_trace(model)
-    assert torch.equal(traced(x), model(x))
+    traced = torch.fx.symbolic_trace(built(name))
+    assert torch.equal(traced(x), built(name)(x))
 
 
 @network
-def test_deepcopy_is_independent(build):
-    model = build().eval()
+def test_deepcopy_is_independent(name):
     x = images()
-    expected = model(x)
-    clone = copy.deepcopy(model)
+    expected = built(name)(x)
+    clone = copy.deepcopy(built(name))
     assert torch.equal(clone(x), expected)
     with torch.no_grad():
         for parameter in clone.parameters():
             parameter.zero_()
-    assert torch.equal(model(x), expected)
+    assert not clone(x).any()
+    assert torch.equal(built(name)(x), expected)
 
 
 @network
-def test_channels_last(build):
-    model = build().eval()
+def test_channels_last(name):
     x = images()
-    expected = model(x)
-    model.to(memory_format=torch.channels_last)
+    expected = built(name)(x)
+    model = copy.deepcopy(built(name)).to(memory_format=torch.channels_last)
     actual = model(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(actual, expected)
 
@@ -178,19 +181,25 @@ def test_dropout(build):
 
 
 @network
-def test_learns_a_small_batch(build):
-    model = build(num_classes=4) if build is NETWORKS["resnet18"] else build(4, dropout=0.0)
-    x, y = images(8), torch.arange(8) % 4
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+def test_learns_a_small_batch(name):
+    """Four noisy colours: the loss falls well below that of a guess, log(4) = 1.39."""
+    model = copy.deepcopy(built(name))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    y = torch.arange(8) % 4
+    x = torch.randn(4, 3, 1, 1)[y] + 0.5 * images(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
-    for _ in range(12):
+    for _ in range(16):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-    assert losses[-1] < 0.9 * torch.tensor(4.0).log()
+    assert losses[0] > 1.5
+    assert losses[-1] < 1.0
 
 
 BAD_CLASSES = {
@@ -204,9 +213,9 @@ BAD_CLASSES = {
 
 @network
 @pytest.mark.parametrize("value, error, text", BAD_CLASSES.values(), ids=BAD_CLASSES.keys())
-def test_bad_num_classes(build, value, error, text):
+def test_bad_num_classes(name, value, error, text):
     with pytest.raises(error, match=f"num_classes must be .*{text}"):
-        build(value)
+        NETWORKS[name](value)
 
 
 @pytest.mark.parametrize("build", [alexnet, vgg11, vgg16], ids=["alexnet", "vgg11", "vgg16"])

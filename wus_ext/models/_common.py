@@ -22,13 +22,15 @@ def check_dropout(dropout: float) -> None:
 
 
 def he_init_(model: nn.Module) -> None:
-    """Draw convolution and linear weights from N(0, 2 / fan_in) and set their biases to zero.
+    """Draw convolution weights from N(0, 2 / fan_in) and set convolution biases to zero.
 
     Keeps the variance of activations through many ReLU layers, so that VGG-16 trains without
-    batch normalisation (He et al., "Delving Deep into Rectifiers", arXiv 1502.01852).
+    batch normalisation (He et al., "Delving Deep into Rectifiers", arXiv 1502.01852). Linear
+    layers keep PyTorch's smaller default, which starts with logits near zero: with He's, AlexNet
+    diverges at learning rates that otherwise train it.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
