@@ -60,7 +60,7 @@ class TrainConfig:
 
     epochs: int = option(30, "passes over the training images")
     batch_size: int = option(128, "images per step; an incomplete last batch is left out")
-    lr: float = option(0.05, "initial learning rate of SGD")
+    lr: float = option(0.01, "initial learning rate of SGD")
     momentum: float = option(0.9, "momentum of SGD, in [0, 1)")
     weight_decay: float = option(5e-4, "L2 penalty of SGD")
     schedule: str = option(
@@ -91,9 +91,7 @@ class TrainConfig:
     max_window: int = option(_POLICY.max_window, "longest skip window, in epochs")
     warmup: int = option(_POLICY.warmup, "epochs before the first skip window may open")
     min_open: int = option(_POLICY.min_open, "epochs that weights train between two windows")
-    lr_drop: float = option(
-        0.5, "wus+lr: ratio of learning rates that counts as a drop, in (0, 1)"
-    )
+    lr_drop: float = option(0.5, "wus+lr: ratio of learning rates that counts as a drop, in (0, 1)")
 
     data_dir: str = option(
         "data", "where the dataset is, or is downloaded to; for folder: the folder of train, test"
@@ -158,7 +156,9 @@ class TrainConfig:
         """
         cuda = torch.cuda.is_available()
         try:
-            device = torch.device(("cuda" if cuda else "cpu") if self.device == "auto" else self.device)
+            device = torch.device(
+                ("cuda" if cuda else "cpu") if self.device == "auto" else self.device
+            )
         except RuntimeError as error:
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}") from error
         if device.type not in ("cpu", "cuda"):

@@ -59,7 +59,5 @@ def build_policy(
     if config.method == "wus":
         return wus_ext.WUS(model, **config.policy_settings())
     if config.method == "wus+lr":
-        return wus_ext.WUSLR(
-            model, scheduler, lr_drop=config.lr_drop, **config.policy_settings()
-        )
+        return wus_ext.WUSLR(model, scheduler, lr_drop=config.lr_drop, **config.policy_settings())
     return None

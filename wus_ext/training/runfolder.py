@@ -14,7 +14,7 @@ from .checkpoint import link_atomic, load_checkpoint, save_checkpoint, write_ato
 from .config import RELOCATABLE, TrainConfig
 from .errors import ConfigError, DataError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "is_free"]
 
 
 class RunFolder:
@@ -54,7 +54,7 @@ class RunFolder:
                     f"{self.path} already holds a run: continue it with --resume, or choose "
                     "another --out"
                 )
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not is_free(self.path):
                 raise ConfigError(f"{self.path} exists and is no run: choose another --out")
             return
         saved, wanted = self.read_config().to_dict(), config.to_dict()
@@ -99,7 +99,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def restore(self) -> dict[str, Any] | None:
-        """The state after the last finished epoch, or ``None``; makes the other files agree with it.
+        """The state after the last finished epoch, if any; the other files then agree with it.
 
         Raises:
             DataError: the checkpoint is damaged.
@@ -124,6 +124,13 @@ class RunFolder:
             return [json.loads(line) for line in self.metrics.read_text().splitlines()]
         except ValueError as error:
             raise DataError(f"{self.metrics} is damaged: {error}") from error
+
+
+def is_free(path: Path) -> bool:
+    """Whether ``path`` is absent or a folder without visible files."""
+    if not path.exists():
+        return True
+    return path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())
 
 
 def _line(record: dict[str, Any]) -> str:

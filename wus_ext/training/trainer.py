@@ -49,7 +49,7 @@ class Trainer:
         MissingExtra: the dataset needs a package that is not installed.
 
     >>> config = TrainConfig(
-    ...     model="alexnet", dataset="digits", limit_train=20, limit_test=10, epochs=1, batch_size=10
+    ...     model="alexnet", limit_train=20, limit_test=10, epochs=1, batch_size=10
     ... )
     >>> trainer = Trainer(config)
     >>> record = trainer.run_epoch()
@@ -216,8 +216,8 @@ class Trainer:
     def _diverged(self, epoch: int, rate: float) -> str:
         kept = f"; {self.folder.last} keeps epoch {epoch - 1}" if self.folder and epoch > 1 else ""
         return (
-            f"the training loss became infinite or NaN in epoch {epoch}: use a lower --lr "
-            f"(it was {rate:.4g}){kept}"
+            f"the training loss of {self.config.model} ({self.config.method}) became infinite or "
+            f"NaN in epoch {epoch}: use a lower --lr (it was {rate:.4g}){kept}"
         )
 
 
@@ -225,7 +225,7 @@ def train(config: TrainConfig, **options: Any) -> list[dict[str, Any]]:
     """Train as ``config`` says and return one record per epoch; options are :class:`Trainer`'s.
 
     >>> config = TrainConfig(
-    ...     model="alexnet", dataset="digits", limit_train=20, limit_test=10, epochs=2, batch_size=10
+    ...     model="alexnet", limit_train=20, limit_test=10, epochs=2, batch_size=10
     ... )
     >>> [record["epoch"] for record in train(config)]
     [1, 2]
