@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-import wus_ext
+from . import build_info
 
 from .training.compare import CompareConfig, compare, read_compare
 from .training.config import METHODS, MODELS, TrainConfig
@@ -131,7 +131,7 @@ def _info(given: dict[str, Any]) -> int:
     lines: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     note = ""
     try:
-        lines |= {f"wus_ext {name}": value for name, value in wus_ext.build_info().items()}
+        lines |= {f"wus_ext {name}": value for name, value in build_info().items()}
     except (ImportError, OSError, RuntimeError) as error:
         note = f"the compiled extension is not available: {error}"
     lines["cpu capability of torch"] = torch.backends.cpu.get_cpu_capability()

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-import wus_ext
+from .. import models
+from ..policy import WUS, WUSLR
+from ..skip import convert, revert
 
 from .config import TrainConfig
 
@@ -31,10 +33,10 @@ def build_model(
     else:
         name, _, suffix = config.model.partition("_")
         options = {"batch_norm": True} if suffix == "bn" else {}
-        model = getattr(wus_ext.models, name)(num_classes=classes, **options)
+        model = getattr(models, name)(num_classes=classes, **options)
     if config.method == "baseline":
-        return wus_ext.revert(model)
-    return wus_ext.convert(model)
+        return revert(model)
+    return convert(model)
 
 
 def build_scheduler(
@@ -57,7 +59,7 @@ def build_policy(
     ``WUSLR`` steps the scheduler itself.
     """
     if config.method == "wus":
-        return wus_ext.WUS(model, **config.policy_settings())
+        return WUS(model, **config.policy_settings())
     if config.method == "wus+lr":
-        return wus_ext.WUSLR(model, scheduler, lr_drop=config.lr_drop, **config.policy_settings())
+        return WUSLR(model, scheduler, lr_drop=config.lr_drop, **config.policy_settings())
     return None
