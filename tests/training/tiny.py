@@ -1,12 +1,11 @@
 """A network and images small enough for training in a test."""
 
+import torch
 from torch import nn
 
 from wus_ext.training import Data, MemorySplit, TrainConfig
 from wus_ext.training.augment import Normalize
 from wus_ext.training.seeding import generator
-
-import torch
 
 CONFIG = TrainConfig(epochs=4, batch_size=8, lr=0.05, warmup=1, patience=1, threshold=100.0)
 
