@@ -7,9 +7,10 @@
 ['0.bias']
 """
 
-from . import functional, nn
+from . import functional, models, nn
 from ._build import build_info
 from ._version import __version__
+from .policy import WUS, WUSLR
 from .skip import (
     convert,
     describe,
@@ -21,12 +22,15 @@ from .skip import (
 )
 
 __all__ = [
+    "WUS",
+    "WUSLR",
     "__version__",
     "build_info",
     "convert",
     "describe",
     "functional",
     "is_skipping",
+    "models",
     "nn",
     "packed_bytes",
     "revert",

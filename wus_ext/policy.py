@@ -356,7 +356,7 @@ class WUSLR(WUS):
         limit = self.lr_drop * (1 + 1e-6)
         # Not strict: groups may have been added to the optimizer since.
         pairs = zip(trained, self._lrs(), strict=False)
-        dropped = any(0 < old and new <= limit * old for old, new in pairs)
+        dropped = any(old > 0 and new <= limit * old for old, new in pairs)
         self._trained_lrs = trained
         return self._advance(percent, lr_dropped=dropped)
 

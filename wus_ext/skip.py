@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .nn import DROP_INS, SkipLayer, is_bias
-from .options import SkipOptions
 from .program import ProgramCache
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -182,6 +181,7 @@ def convert(
 tensor (8 values) trains
     """
     _check_module(model)
+    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse)
     root = _unwrap(model)
     for name, module in root.named_modules():
         if (
