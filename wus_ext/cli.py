@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 
 from . import build_info
-
 from .training.compare import CompareConfig, compare, read_compare
 from .training.config import METHODS, MODELS, TrainConfig
 from .training.errors import ConfigError, DataError, MissingExtra, TrainingError
