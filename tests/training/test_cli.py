@@ -18,10 +18,11 @@ pytest.importorskip("sklearn")
 
 COMMAND = [sys.executable, "-m", "wus_ext"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-TINY = (
-    "--model alexnet --limit-train 20 --limit-test 10 --batch-size 10 --epochs 3 "
-    "--method wus --warmup 1 --patience 1 --threshold 100"
-).split()
+TINY = [
+    *("--model", "alexnet", "--method", "wus", "--limit-train", "20", "--limit-test", "10"),
+    *("--batch-size", "10", "--epochs", "3", "--warmup", "1", "--patience", "1"),
+    *("--threshold", "100"),
+]
 
 
 @pytest.fixture

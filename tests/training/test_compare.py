@@ -58,7 +58,7 @@ def cells(table, *names):
 def test_the_table_has_means_and_deviations_over_seeds():
     table = markdown(RUNS, TrainConfig(epochs=2))
     assert cells(table, "vgg11", "baseline") == [
-        "2", "81.00 ± 1.41", "30.0 ± 14.1", "–", "0 ± 0", "–"
+        "2", "81.00 ± 1.41", "30.0 ± 14.1", "-", "0 ± 0", "-"
     ]  # fmt: skip
     # Saved: 1 - 14/20 = 30 % and 1 - 32/40 = 20 %; a skip step costs 0.4 and 0.6 of a full one.
     assert cells(table, "vgg11", "wus") == [
@@ -144,11 +144,11 @@ def test_an_interrupted_comparison_resumes_and_repeats_nothing(tmp_path, small, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(seeds=0), "seeds must be at least 1"),
-        (dict(models=()), "models must be one or more"),
-        (dict(models=("vgg11", "vgg11")), "models must be one or more different"),
-        (dict(methods=("sgd",)), "method must be one of"),
-        (dict(base=TrainConfig(epochs=-1)), "epochs must be at least 1"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"models": ()}, "models must be one or more"),
+        ({"models": ("vgg11", "vgg11")}, "models must be one or more different"),
+        ({"methods": ("sgd",)}, "method must be one of"),
+        ({"base": TrainConfig(epochs=-1)}, "epochs must be at least 1"),
     ],
     ids=["seeds", "no-model", "twice", "method", "base"],
 )

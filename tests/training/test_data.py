@@ -236,7 +236,7 @@ def test_hidden_files_are_ignored(tree):
 class Python2Pickler(pickle._Pickler):
     """Writes text and bytes as Python 2 did, whose pickles the original archives hold."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch = pickle._Pickler.dispatch.copy()
 
     def save_string(self, value):
         value = value.encode("latin1") if isinstance(value, str) else value

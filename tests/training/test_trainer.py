@@ -74,7 +74,14 @@ def test_a_skipped_epoch_trains_biases_only():
 
 
 def test_wus_lr_reopens_at_a_drop_and_wus_does_not():
-    step = dict(schedule="step", milestones=(0.5,), epochs=6, max_window=9, patience=1, warmup=0)
+    step = {
+        "schedule": "step",
+        "milestones": (0.5,),
+        "epochs": 6,
+        "max_window": 9,
+        "patience": 1,
+        "warmup": 0,
+    }
     wus = [record["skipped"] for record in trainer(method="wus", **step).run()]
     wus_lr = trainer(method="wus+lr", **step).run()
     assert wus == [False, False, True, True, True, True]
@@ -100,7 +107,7 @@ def test_every_method_follows_the_schedule(method, schedule, rates):
 
 
 def test_the_policy_watches_what_it_is_told_to():
-    settings = dict(data=tiny.data(validation=6), validation=0.1)
+    settings = {"data": tiny.data(validation=6), "validation": 0.1}
     train_history = trainer(watch="train", **settings)
     validation = trainer(watch="validation", **settings)
     train_history.run(), validation.run()
@@ -280,24 +287,24 @@ def test_a_linked_file_does_not_follow_later_writes(tmp_path, monkeypatch, links
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(model="lenet"), "model must be one of alexnet, .*got 'lenet'"),
-        (dict(epochs=0), "epochs must be at least 1, got 0"),
-        (dict(epochs=1.5), "epochs must be an integer"),
-        (dict(batch_size=0), "batch_size must be at least 1"),
-        (dict(lr=0.0), "lr must be positive, got 0.0"),
-        (dict(lr=float("nan")), "lr must be positive, got nan"),
-        (dict(momentum=1.0), r"momentum must be in \[0, 1\), got 1.0"),
-        (dict(weight_decay=-1.0), "weight_decay must be at least 0"),
-        (dict(milestones=(0.5, 2.0)), r"milestones must be fractions in \(0, 1\), got 2.0"),
-        (dict(limit_train=0), "limit_train must be at least 1"),
-        (dict(validation=1.0), r"validation must be in \[0, 1\)"),
-        (dict(watch="validation"), "needs a validation fraction"),
-        (dict(method="wus+lr", schedule="constant"), "needs the schedule"),
-        (dict(max_window=0), "max_window must be at least 1, got 0"),
-        (dict(lr_drop=1.0), r"lr_drop must be in \(0, 1\)"),
-        (dict(device="toaster"), "device must be auto, cpu or cuda, got 'toaster'"),
-        (dict(device="meta"), "device must be auto, cpu or cuda, got 'meta'"),
-        (dict(device="cuda:99"), "'cuda:99' is not present"),
+        ({"model": "lenet"}, "model must be one of alexnet, .*got 'lenet'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be an integer"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"milestones": (0.5, 2.0)}, r"milestones must be fractions in \(0, 1\), got 2.0"),
+        ({"limit_train": 0}, "limit_train must be at least 1"),
+        ({"validation": 1.0}, r"validation must be in \[0, 1\)"),
+        ({"watch": "validation"}, "needs a validation fraction"),
+        ({"method": "wus+lr", "schedule": "constant"}, "needs the schedule"),
+        ({"max_window": 0}, "max_window must be at least 1, got 0"),
+        ({"lr_drop": 1.0}, r"lr_drop must be in \(0, 1\)"),
+        ({"device": "toaster"}, "device must be auto, cpu or cuda, got 'toaster'"),
+        ({"device": "meta"}, "device must be auto, cpu or cuda, got 'meta'"),
+        ({"device": "cuda:99"}, "'cuda:99' is not present"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

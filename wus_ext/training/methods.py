@@ -12,7 +12,6 @@ from torch.optim import lr_scheduler
 from .. import models
 from ..policy import WUS, WUSLR
 from ..skip import convert, revert
-
 from .config import TrainConfig
 
 __all__ = ["build_model", "build_policy", "build_scheduler"]

@@ -146,13 +146,13 @@ def _line(model: str, method: str, group: Sequence[Row], average: bool = False) 
         values = [getattr(row, name) for row in group if getattr(row, name) is not None]
         cells.append(_cell(values, digits, spread=not average and name != "epochs"))
     if method == "baseline":
-        cells[_FIGURES.index("saved") + 2] = "–"
+        cells[_FIGURES.index("saved") + 2] = "-"
     return f"| {' | '.join(cells)} |"
 
 
 def _cell(values: Sequence[float], digits: int, *, spread: bool) -> str:
     if not values:
-        return "–"
+        return "-"
     text = f"{fmean(values):.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if spread and len(values) > 1 else text
 
@@ -186,8 +186,17 @@ def write_report(runs: Sequence[Run], config: TrainConfig, out: Path) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(
-        ["network", "method", "seed", "epochs", "test_accuracy_percent", "train_seconds"]
-        + ["time_saved_percent", "epochs_skipped_percent", "skip_step_over_full_step"]
+        [
+            "network",
+            "method",
+            "seed",
+            "epochs",
+            "test_accuracy_percent",
+            "train_seconds",
+            "time_saved_percent",
+            "epochs_skipped_percent",
+            "skip_step_over_full_step",
+        ]
     )
     for run, row in zip(runs, rows(runs), strict=True):
         figures = (getattr(row, name) for name in _FIGURES)
