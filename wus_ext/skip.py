@@ -193,8 +193,8 @@ tensor (8 values) trains
                 "before convert"
             )
     skipping = isinstance(root, SkipLayer) and root.skip_wgrad
-    for module in root.modules():
-        _convert_one(module, skip_gamma)
+    for path, module in root.named_modules():
+        _convert_one(module, path, skip_gamma)
     if not isinstance(root, SkipLayer) or type(root) is _injected_classes.get(
         (SkipModule, _stock_class(type(root)))
     ):
@@ -213,24 +213,29 @@ tensor (8 values) trains
     return model
 
 
-def _convert_one(module: nn.Module, skip_gamma: bool) -> None:
+def _convert_one(module: nn.Module, path: str, skip_gamma: bool) -> None:
     stock = _stock_class(type(module))
     if isinstance(module, NORMS) and not skip_gamma:
         _set_flag(module, False)
         module.__class__ = stock
     elif stock in DROP_INS:
         module.__class__ = DROP_INS[stock]
-    elif not isinstance(module, SkipLayer) and _runs_on_weights(module):
+    elif not isinstance(module, SkipLayer) and _runs_on_weights(module, path):
         module.__class__ = _injected(SkipModule, stock)
 
 
-def _runs_on_weights(module: nn.Module) -> bool:
+def _runs_on_weights(module: nn.Module, path: str) -> bool:
     """Whether a call of `module` itself, not of the root, must detach weights of its own."""
     return (
         not _is_script(module)
         and type(module).forward is not nn.Module.forward  # a ParameterList has none
+        and not _is_parametrized_bias(path)
         and any(not is_bias(name) for name in module._parameters)
     )
+
+
+def _is_parametrized_bias(path: str) -> bool:
+    return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
 
 
 def revert(model: Model) -> Model:
@@ -427,7 +432,7 @@ def _uncovered(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
             continue
         if isinstance(module, NORMS) and not root.skip_gamma:
             continue
-        if "parametrizations" in path and is_bias(path):  # a parametrized bias is still a bias
+        if _is_parametrized_bias(path):
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_bias(name):
