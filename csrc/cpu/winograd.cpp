@@ -83,7 +83,7 @@ struct Convolution {
 int64_t padded_row(int64_t channels) { return divide_up(channels, 32) * 32 + 16; }
 
 struct Schedule {
-  bool spread;    // whether a GEMM over many tiles is spread over threads, or each has its own tiles
+  bool spread;  // whether a GEMM over many tiles is spread over threads, or each has its own tiles
   int64_t chunk;  // tiles
 };
 
@@ -272,8 +272,8 @@ void check_packed(const Tensor& packed, const SchemeInfo& scheme, int64_t inputs
 void check_geometry(int64_t scheme, int64_t height, int64_t width, int64_t padding) {
   TORCH_CHECK_VALUE(padding >= 0 && padding <= 2, "winograd: padding must be 0, 1 or 2, got ",
                     padding);
-  TORCH_CHECK_VALUE(height + 2 * padding >= 3 && width + 2 * padding >= 3,
-                    "winograd: an input of ", height, "x", width, " with padding ", padding,
+  TORCH_CHECK_VALUE(height + 2 * padding >= 3 && width + 2 * padding >= 3, "winograd: an input of ",
+                    height, "x", width, " with padding ", padding,
                     " is smaller than the 3x3 kernel");
   TORCH_CHECK_VALUE(scheme != 0 || (padding == 1 && height <= 2 && width <= 2),
                     "winograd: scheme 0 wants at most 2x2 pixels and padding 1, got ", height, "x",
@@ -340,8 +340,8 @@ std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& p
   const int64_t height = input.size(2) + 2 * padding - 2, width = input.size(3) + 2 * padding - 2;
   const auto kind = static_cast<WinogradEpilogue>(epilogue);
   const bool pool = kind == WinogradEpilogue::pool;
-  TORCH_CHECK_VALUE(!pool || (height >= 2 && width >= 2),
-                    "winograd: an output of ", height, "x", width, " is too small to pool");
+  TORCH_CHECK_VALUE(!pool || (height >= 2 && width >= 2), "winograd: an output of ", height, "x",
+                    width, " is too small to pool");
 
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor b = bias ? bias->contiguous() : Tensor();
@@ -357,7 +357,7 @@ std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& p
 
   Convolution conv{};
   conv.scheme = info;
-  conv.source = !affine      ? WinogradSource::plain
+  conv.source = !affine       ? WinogradSource::plain
                 : affine_relu ? WinogradSource::affine_relu
                               : WinogradSource::affine;
   conv.epilogue = kind;
@@ -392,10 +392,10 @@ std::tuple<Tensor, Tensor> winograd_dgrad(const Tensor& grad_output, const Tenso
                     input_size);
   TORCH_CHECK_VALUE(prologue >= 0 && prologue < 8, "winograd: prologue must be 0 to 7, got ",
                     prologue);
-  constexpr WinogradSource kSources[] = {
-      WinogradSource::plain, WinogradSource::plain,   WinogradSource::bits,
-      WinogradSource::codes, WinogradSource::bn,      WinogradSource::bn_bits,
-      WinogradSource::bn_sign, WinogradSource::bn_codes};
+  constexpr WinogradSource kSources[] = {WinogradSource::plain,   WinogradSource::plain,
+                                         WinogradSource::bits,    WinogradSource::codes,
+                                         WinogradSource::bn,      WinogradSource::bn_bits,
+                                         WinogradSource::bn_sign, WinogradSource::bn_codes};
   const WinogradSource source = kSources[prologue];
   const bool pooled = source == WinogradSource::codes || source == WinogradSource::bn_codes;
   const bool bits = source == WinogradSource::bits || source == WinogradSource::bn_bits;

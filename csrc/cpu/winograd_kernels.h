@@ -1,6 +1,6 @@
-// 3x3 convolution with unit stride by Winograd's minimal filtering, in three steps over tiles of the
-// output: transform the input patches, multiply frequency by frequency (gemm_kernels.h), transform
-// back. These are the serial steps; winograd.cpp schedules them.
+// 3x3 convolution with unit stride by Winograd's minimal filtering, in three steps over tiles of
+// the output: transform the input patches, multiply frequency by frequency (gemm_kernels.h),
+// transform back. These are the serial steps; winograd.cpp schedules them.
 #pragma once
 
 #include <stdint.h>
@@ -15,15 +15,15 @@ constexpr int kWinogradSchemes = 3;
 
 // What a pixel of the transformed map is, computed as it is loaded.
 enum class WinogradSource {
-  plain,          // x
-  bits,           // x where the mask bit is set
-  codes,          // x[y / 2, x / 2] where its pool code names this pixel
-  bn,             // a * x + b * z + c
-  bn_bits,        // a * (x where the bit is set) + b * z + c
-  bn_sign,        // a * (x where not scale * z + shift <= 0) + b * z + c
-  bn_codes,       // a * (x[y / 2, x / 2] where its code names this pixel) + b * z + c
-  affine,         // scale * x + shift
-  affine_relu,    // relu(scale * x + shift)
+  plain,        // x
+  bits,         // x where the mask bit is set
+  codes,        // x[y / 2, x / 2] where its pool code names this pixel
+  bn,           // a * x + b * z + c
+  bn_bits,      // a * (x where the bit is set) + b * z + c
+  bn_sign,      // a * (x where not scale * z + shift <= 0) + b * z + c
+  bn_codes,     // a * (x[y / 2, x / 2] where its code names this pixel) + b * z + c
+  affine,       // scale * x + shift
+  affine_relu,  // relu(scale * x + shift)
 };
 constexpr int kWinogradSources = 9;
 
@@ -49,7 +49,7 @@ struct WinogradInput {
 struct WinogradOutput {
   float* y;
   uint8_t* mask;
-  const float* bias;  // [channels] or null
+  const float* bias;                // [channels] or null
   int64_t height, width, channels;  // of the convolution's output, before pooling
   int64_t tile_rows, tile_cols;
 };

@@ -96,8 +96,7 @@ struct Pixel {
 };
 
 template <WinogradSource kSource>
-constexpr bool kIsPooled =
-    kSource == WinogradSource::codes || kSource == WinogradSource::bn_codes;
+constexpr bool kIsPooled = kSource == WinogradSource::codes || kSource == WinogradSource::bn_codes;
 template <WinogradSource kSource>
 constexpr bool kIsBatchNorm =
     kSource == WinogradSource::bn || kSource == WinogradSource::bn_bits ||
@@ -232,8 +231,8 @@ static void input_tiles(const WinogradInput& in, int64_t first, int64_t last,
     Owned owned{};
     if (sums != nullptr) {
       // The pixels under the tile's own outputs; the last tile also takes what remains.
-      owned = {before, row + 1 == in.tile_rows ? Scheme::kPatch : before + Scheme::kTile,
-               before, col + 1 == in.tile_cols ? Scheme::kPatch : before + Scheme::kTile};
+      owned = {before, row + 1 == in.tile_rows ? Scheme::kPatch : before + Scheme::kTile, before,
+               col + 1 == in.tile_cols ? Scheme::kPatch : before + Scheme::kTile};
     }
     float* to = v.data + (tile - first) * v.row;
     int64_t channel = 0;
@@ -303,8 +302,7 @@ WUS_INLINE void output_block(const WinogradOutput& out, const TilePlace& place, 
       for (int j = 0; j < kTile; j += 2) {
         const int64_t col = place.col / 2 + j / 2;
         if (row >= height || col >= width) continue;
-        const int64_t at =
-            ((place.image * height + row) * width + col) * out.channels + channel;
+        const int64_t at = ((place.image * height + row) * width + col) * out.channels + channel;
         pool_pixel<kFull>(y[i][j], y[i][j + 1], y[i + 1][j], y[i + 1][j + 1], out.y + at,
                           out.mask + at, n);
       }
@@ -410,22 +408,15 @@ static void transform_weight(const WinogradWeight& w, int64_t columns, int64_t f
   }
 }
 
-#define WUS_INPUTS(scheme)                                                                      \
-  {                                                                                             \
-    input_tiles<scheme, WinogradSource::plain>, input_tiles<scheme, WinogradSource::bits>,      \
-        input_tiles<scheme, WinogradSource::codes>, input_tiles<scheme, WinogradSource::bn>,    \
-        input_tiles<scheme, WinogradSource::bn_bits>,                                           \
-        input_tiles<scheme, WinogradSource::bn_sign>,                                           \
-        input_tiles<scheme, WinogradSource::bn_codes>,                                          \
-        input_tiles<scheme, WinogradSource::affine>,                                            \
-        input_tiles<scheme, WinogradSource::affine_relu>                                        \
-  }
-#define WUS_OUTPUTS(scheme)                                                                     \
-  {                                                                                             \
-    output_tiles<scheme, WinogradEpilogue::none>, output_tiles<scheme, WinogradEpilogue::relu>, \
-        output_tiles<scheme, WinogradEpilogue::pool>,                                           \
-        output_tiles<scheme, WinogradEpilogue::stats>                                           \
-  }
+#define WUS_INPUTS(scheme)                                                                        \
+  {input_tiles<scheme, WinogradSource::plain>,      input_tiles<scheme, WinogradSource::bits>,    \
+   input_tiles<scheme, WinogradSource::codes>,      input_tiles<scheme, WinogradSource::bn>,      \
+   input_tiles<scheme, WinogradSource::bn_bits>,    input_tiles<scheme, WinogradSource::bn_sign>, \
+   input_tiles<scheme, WinogradSource::bn_codes>,   input_tiles<scheme, WinogradSource::affine>,  \
+   input_tiles<scheme, WinogradSource::affine_relu>}
+#define WUS_OUTPUTS(scheme)                                                                    \
+  {output_tiles<scheme, WinogradEpilogue::none>, output_tiles<scheme, WinogradEpilogue::relu>, \
+   output_tiles<scheme, WinogradEpilogue::pool>, output_tiles<scheme, WinogradEpilogue::stats>}
 
 extern const WinogradKernels winograd_kernels = {
     {WUS_INPUTS(Z2), WUS_INPUTS(F2), WUS_INPUTS(F4)},

@@ -361,9 +361,7 @@ BAD_CALLS = {
     ),
     "pool": (lambda x, w, p: wus.winograd_forward(x[..., :1], p, None, 8, 1, 4, 2), "pool"),
     "z2": (
-        lambda x, w, p: wus.winograd_forward(
-            x, wus.winograd_pack(w, False, 0), None, 8, 1, 0, 0
-        ),
+        lambda x, w, p: wus.winograd_forward(x, wus.winograd_pack(w, False, 0), None, 8, 1, 0, 0),
         "2x2",
     ),
     "mask": (
