@@ -88,14 +88,13 @@ struct Schedule {
 };
 
 Schedule schedule(const SchemeInfo& scheme, int64_t inputs, int64_t outputs, int64_t tiles) {
+  // One pass of the GEMM, more where fewer frequencies leave room in the cache.
   const int64_t rows = WUS_DISPATCH(gemm_kernels).rows;
-  const int64_t weight_bytes = scheme.frequencies * inputs * outputs * int64_t{sizeof(float)};
-  int64_t chunk = divide_up(24, rows) * rows * std::max<int64_t>(1, 36 / scheme.frequencies);
-  bool spread = weight_bytes > (int64_t{4} << 20);
-  if (const char* e = std::getenv("WUS_SPREAD")) spread = std::atoi(e);
-  if (const char* e = std::getenv("WUS_CHUNK")) chunk = std::atoi(e);
-  if (spread) chunk = std::clamp<int64_t>(tiles / 32, 1, chunk);
-  return {spread, chunk};
+  const int64_t chunk = divide_up(14, rows) * rows * (36 / scheme.frequencies);
+  // Weights this large would be fetched from memory for each chunk.
+  constexpr int64_t kLargeWeight = int64_t{3} << 20;
+  if (scheme.frequencies * inputs * outputs < kLargeWeight) return {false, chunk};
+  return {true, std::clamp<int64_t>(tiles / 32, 1, chunk)};
 }
 
 // Each thread takes chunks of tiles through all three steps within its cache.

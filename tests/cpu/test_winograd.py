@@ -117,7 +117,7 @@ def dgrad(g, weight, mask, case, scheme, prologue, **options):
     )
 
 
-@pytest.mark.parametrize("case, scheme", CASE_SCHEMES)
+@pytest.mark.parametrize(("case", "scheme"), CASE_SCHEMES)
 def test_forward(case, scheme):
     x, weight, bias = make_layer(case)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=case.padding)
@@ -153,7 +153,7 @@ def test_forward(case, scheme):
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["affine", "affine_relu"])
-@pytest.mark.parametrize("case, scheme", CASE_SCHEMES)
+@pytest.mark.parametrize(("case", "scheme"), CASE_SCHEMES)
 def test_forward_of_normalized_input(case, scheme, relu):
     x, weight, bias = make_layer(case)
     affine = torch.randn(2, case.inputs)
@@ -169,7 +169,7 @@ def test_forward_of_normalized_input(case, scheme, relu):
     assert_close(z, expected, TOLERANCE[scheme])
 
 
-@pytest.mark.parametrize("case, scheme", CASE_SCHEMES)
+@pytest.mark.parametrize(("case", "scheme"), CASE_SCHEMES)
 def test_dgrad(case, scheme):
     _, weight, _ = make_layer(case)
     shape = (case.batch, case.outputs, *case.out_size)
@@ -286,7 +286,8 @@ def test_nan_wins_and_passes_its_gradient(scheme):
     x, weight, bias = make_layer(case)
     bias[3] = float("nan")
     y, bits = forward(x, weight, bias, case, scheme, RELU)
-    assert y[:, 3].isnan().all() and not y[:, [0, 1, 2, 4, 5, 6, 7, 8]].isnan().any()
+    assert y[:, 3].isnan().all()
+    assert not y[:, [0, 1, 2, 4, 5, 6, 7, 8]].isnan().any()
     assert unpack_bits(bits, 9)[:, 3].all()
     z, _ = forward(x, weight, bias, case, scheme, NONE)
     y, codes = forward(x, weight, bias, case, scheme, POOL)
@@ -300,7 +301,8 @@ def test_nan_wins_and_passes_its_gradient(scheme):
     reference = F.conv2d(x, weight, padding=1).isnan()
     z, _ = forward(x, weight, None, case, scheme, NONE)
     assert z.isnan()[reference].all()
-    assert not z[1:].isnan().any() and not z[:, :, 4:, 4:].isnan().any()
+    assert not z[1:].isnan().any()
+    assert not z[:, :, 4:, 4:].isnan().any()
 
 
 @pytest.mark.parametrize("scheme", [0, 2, 4])
@@ -316,7 +318,8 @@ def test_masked_infinities_do_not_leak(scheme):
         (codes, CODES, torch.full((2, 9, *pooled), float("nan"))),
     ):
         grad_input, grad_bias = dgrad(gradient, weight, mask, case, scheme, prologue)
-        assert not grad_input.any() and not grad_bias.any()
+        assert not grad_input.any()
+        assert not grad_bias.any()
 
 
 @pytest.mark.parametrize("scheme", [2, 4])
@@ -388,8 +391,18 @@ def test_bad_arguments(name):
 def test_other_instruction_sets(capability):
     names = "odd_everything or two_by_two or wide_padding or rgb or nan or infinities or ties"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        + ["-k", f"({names}) and not instruction"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            f"({names}) and not instruction",
+        ],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
