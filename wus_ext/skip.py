@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .nn import DROP_INS, SkipLayer, is_bias
+from .options import SkipOptions
 from .program import ProgramCache
 
 Model = TypeVar("Model", bound=nn.Module)
