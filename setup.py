@@ -131,5 +131,6 @@ def extension():
     return [module], {"build_ext": BuildExtension}
 
 
-modules, commands = extension()
-setup(ext_modules=modules, cmdclass=commands)
+if __name__ == "__main__":
+    modules, commands = extension()
+    setup(ext_modules=modules, cmdclass=commands)

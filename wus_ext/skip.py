@@ -85,7 +85,10 @@ class SkipModel(SkipModule):
         if not self.skip_wgrad:
             cache.end_window()
             return super().forward(*args, **kwargs)
-        program = cache.program(self, _stock_class(type(self)).forward, args, kwargs)
+        program = None
+        # torch.func.functional_call puts plain tensors in, which a traced program would keep.
+        if all(isinstance(parameter, nn.Parameter) for parameter in self.parameters()):
+            program = cache.program(self, _stock_class(type(self)).forward, args, kwargs)
         if program is None:
             return super().forward(*args, **kwargs)
         with _detached(self):
