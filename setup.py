@@ -49,7 +49,10 @@ def why_unusable(home):
     for header in ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"):
         if not (home / "include" / header).exists():
             return f"no {header}"
-    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    try:
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return "nvcc does not run"
     release = re.search(r"release (\d+)\.", printed)
     if release is None:
         return "nvcc does not run"
