@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import nn as skip_nn
 from .algorithms import Act, Algorithm, Geometry, choose, masked
@@ -45,6 +45,8 @@ class ConvChain:
         self, input: Tensor, channels_last: bool, residual: Tensor | None = None
     ) -> Tensor:
         if not self._can_fuse(input, residual):
+            if not channels_last:  # what a chain before left as it liked
+                input = input.contiguous()
             return self._unfused(input, residual)
         input = input.contiguous(memory_format=torch.channels_last)
         if residual is not None:
@@ -187,6 +189,21 @@ def fold(
     return lambda: conv.weight.detach() * scale[:, None, None, None], bias, sources
 
 
+def _first_order(backward: Callable) -> Callable:
+    """A backward without a derivative of its own says so, whatever was asked to require one."""
+
+    @wraps(backward)
+    def checked(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a fused skip step has no second derivative (create_graph=True); "
+                "convert the model with fuse=False"
+            )
+        return backward(ctx, grad)
+
+    return checked
+
+
 def _dense(grad: Tensor) -> Tensor:
     return grad.contiguous(memory_format=torch.channels_last)
 
@@ -202,7 +219,7 @@ class ConvAct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_input, need_bias = ctx.needs_input_grad[:2]
@@ -228,7 +245,7 @@ class ConvAddAct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_input, need_bias, need_residual = ctx.needs_input_grad[:3]
@@ -270,7 +287,7 @@ class ConvNormAct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad):
         z, mask, mean, invstd, gamma = ctx.saved_tensors
         need_input, need_bias, need_gamma, need_beta, need_residual = ctx.needs_input_grad[:5]
@@ -364,7 +381,7 @@ class LinearAct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_input, need_bias = ctx.needs_input_grad[:2]
@@ -391,7 +408,7 @@ class Dropout(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         return ops.apply_mask(grad.contiguous(), mask, 1.0 / (1.0 - ctx.p)), None

@@ -6,7 +6,8 @@ Neural Networks", arXiv 2012.02792, IEEE JETCAS 2021) stops updating the weights
 stretches and keeps training the biases. The rules below are **our reading** of the paper's
 abstract, not a transcription of its algorithm.
 
-All lengths are in epochs, all accuracies in percent (0 to 100), on held-out data.
+All lengths are in epochs, all accuracies in percent (0 to 100): of the training set, which costs
+nothing extra, or of held-out data.
 
 * The *variation* is the largest minus the smallest accuracy of the last ``patience + 1`` epochs,
   whether their weights trained or not. The accuracy is *flat* when there are that many and the

@@ -1,0 +1,604 @@
+"""The skip program: every fused chain against the stock chain, and when a model is not fused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import wus_ext
+from wus_ext.algorithms import Act
+from wus_ext.chains import ConvChain, DropoutChain, LinearChain
+
+
+class Functional(nn.Module):
+    """The same chains through functions and methods, with a residual."""
+
+    def __init__(self, channels=8, in_place=False):
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.third = nn.Conv2d(channels, channels, 3, padding=1)
+        self.in_place = in_place
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        y = self.norm(self.second(x))
+        if self.in_place:
+            y += x
+        else:
+            y = x + y
+        y = y.relu()
+        return F.max_pool2d(torch.relu_(self.third(y)), 2)
+
+
+class Block(nn.Module):
+    """Two branches that both end in a norm: one takes the sum, the other stays a chain."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.down = nn.Sequential(nn.Conv2d(channels, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.down(x))
+
+
+def conv(*args, **kwargs):
+    return nn.Conv2d(*args, **kwargs)
+
+
+def sequence(*layers):
+    return lambda: nn.Sequential(*(copy.deepcopy(layer) for layer in layers))
+
+
+CHANNELS = 16
+CHAINS = {
+    "conv": sequence(conv(3, 8, 3, padding=1), conv(8, CHANNELS, 3, padding=1)),
+    "conv_relu": sequence(
+        conv(3, 8, 3, padding=1), nn.ReLU(), conv(8, CHANNELS, 3, padding=1), nn.ReLU()
+    ),
+    "conv_relu_pool": sequence(
+        conv(3, 8, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2),
+        conv(8, CHANNELS, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 2),
+    ),
+    "conv_norm": sequence(
+        conv(3, 8, 3, padding=1), conv(8, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+    ),
+    "conv_norm_relu": sequence(
+        conv(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        conv(8, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS), nn.ReLU(),
+    ),
+    "conv_norm_relu_pool": sequence(
+        conv(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        conv(8, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.MaxPool2d(2),
+    ),
+    "norm_options": sequence(
+        conv(3, 8, 3, padding=1), nn.BatchNorm2d(8, affine=False), nn.ReLU(),
+        conv(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(),
+        conv(8, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=None, eps=1e-2),
+    ),
+    "other_geometries": sequence(
+        conv(3, 8, 3, padding=1), nn.ReLU(), conv(8, 8, 3, stride=2), nn.ReLU(),
+        conv(8, 8, 1), nn.ReLU(), conv(8, 8, 3, padding=2, dilation=2), nn.ReLU(),
+        conv(8, 8, 3, padding=1, groups=4), nn.ReLU(), conv(8, 8, (1, 3), padding=(0, 1)),
+    ),
+    "paddings": sequence(
+        conv(3, 8, 3, padding=2), nn.ReLU(), conv(8, 8, 3), nn.ReLU(),
+        conv(8, 8, 3, padding=2), nn.ReLU(), conv(8, 8, 3, padding="same"), nn.ReLU(),
+        conv(8, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(),
+    ),
+    "odd_channels": sequence(
+        conv(3, 13, 3, padding=1), nn.ReLU(), conv(13, 9, 3, padding=1), nn.BatchNorm2d(9),
+        nn.ReLU(), conv(9, 1, 3, padding=1), nn.ReLU(),
+    ),
+    "functional": Functional,
+    "in_place_sum": lambda: Functional(in_place=True),
+    "block": lambda: nn.Sequential(conv(3, 8, 3, padding=1), nn.ReLU(), Block()),
+    "linear": sequence(
+        conv(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(True), nn.Linear(512, 3),
+    ),
+    "dropout": sequence(
+        conv(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Dropout(0.3), nn.Linear(16, 24), nn.ReLU(), nn.Dropout(0.4), nn.Linear(24, 3),
+    ),
+}  # fmt: skip
+chain = pytest.mark.parametrize("name", CHAINS)
+
+
+def frozen(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return model
+
+
+def build(name, *, channels_last=True, **settings):
+    """A stock model frozen stock's way, and its converted twin in a skip window."""
+    torch.manual_seed(0)
+    stock = CHAINS[name]()
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    if channels_last:
+        stock = stock.to(memory_format=torch.channels_last)
+    skip = wus_ext.convert(copy.deepcopy(stock), **settings)
+    wus_ext.set_skip(skip, True)
+    return frozen(stock), skip
+
+
+def images(size=(2, 3, 12, 10), channels_last=True):
+    x = torch.randn(size)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def run(model, x, grad_output=None, seed=1):
+    x = x.detach().requires_grad_()
+    torch.manual_seed(seed)
+    output = model(x)
+    if grad_output is None:
+        grad_output = torch.randn_like(output)
+    output.backward(grad_output)
+    return output.detach(), x.grad, grad_output
+
+
+def relative_error(actual, expected):
+    """Of all values together; a gradient may differ where rounding flips one ReLU."""
+    scale = expected.double().norm().clamp(min=1e-3)
+    return ((actual.double() - expected.double()).norm() / scale).item()
+
+
+def check(stock, skip, x, tolerance):
+    stock.zero_grad()
+    skip.zero_grad()
+    expected, wanted, grad_output = run(stock, x)
+    actual, got, _ = run(skip, x, grad_output)
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < tolerance
+    assert relative_error(got, wanted) < tolerance
+    biases = 0
+    # A bias in front of batch statistics has a gradient of zero; stock's is the rounding of others.
+    scale = 1 + max(p.grad.norm() for p in stock.parameters() if p.grad is not None)
+    for (name, mine), (_, theirs) in zip(
+        skip.named_parameters(), stock.named_parameters(), strict=True
+    ):
+        if theirs.grad is None:
+            assert mine.grad is None, name
+        else:
+            biases += 1
+            assert (mine.grad - theirs.grad).norm() < tolerance * scale, name
+    assert biases
+    for (name, mine), (_, theirs) in zip(skip.named_buffers(), stock.named_buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def program(model):
+    return model._skip_programs._program
+
+
+@pytest.mark.parametrize("algo", ["direct", "f2", "f4"])
+@chain
+def test_a_chain_equals_stock(name, algo):
+    stock, skip = build(name, algo=algo)
+    check(stock, skip, images(), tolerance=2e-5)
+    assert program(skip).chains
+
+
+@chain
+def test_a_chain_equals_stock_in_evaluation_mode(name):
+    stock, skip = build(name)
+    run(stock, images())  # moves the running statistics
+    skip.load_state_dict(stock.state_dict())
+    check(stock.eval(), skip.eval(), images(), tolerance=2e-5)
+
+
+@chain
+def test_a_chain_keeps_stocks_layout(name):
+    stock, skip = build(name, channels_last=False)
+    check(stock, skip, images(channels_last=False), tolerance=2e-5)
+    x = images(channels_last=False)
+    assert skip(x).is_contiguous() == stock(x).is_contiguous()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 13, 37])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["conv_relu", "conv_norm_relu", "conv_relu_pool", "functional"])
+def test_awkward_sizes(name, batch, size):
+    if "pool" in name:
+        size = max(size, 6)
+    if name == "functional" and size < 2:
+        size = 2
+    x = images((batch, 3, size, max(size - 1, 5 if "pool" in name else 2)))
+    stock, skip = build(name)
+    # A norm over few values amplifies rounding by its inverse deviation.
+    check(stock, skip, x, tolerance=2e-3 if "norm" in name or name == "functional" else 3e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_pool", "conv_norm_relu"])
+def test_nan_and_infinity_propagate(name, value):
+    """Where stock's result is finite ours may be NaN next to a NaN, never the other way round."""
+    stock, skip = build(name, algo="direct")
+    x = images()
+    x[0, 1, 5, 5] = value
+    expected, wanted, grad_output = run(stock, x)
+    actual, got, _ = run(skip, x, grad_output)
+    torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_pool", "conv_norm_relu"])
+def test_winograd_never_hides_a_nan(name):
+    stock, skip = build(name, algo="f4")
+    x = images()
+    x[0, 1, 5, 5] = float("nan")
+    expected, _, _ = run(stock, x)
+    actual, _, _ = run(skip, x)
+    assert actual[expected.isnan()].isnan().all()
+
+
+def test_relu_at_zero_and_ties_in_a_pool():
+    """Zero weights: every value is exactly the bias, every window a tie."""
+    stock, skip = build("conv_relu_pool")
+    with torch.no_grad():
+        for model in (stock, skip):
+            model[3].weight.zero_()
+            model[3].bias.copy_(torch.linspace(-1, 1, CHANNELS))
+            model[3].bias[3] = 0.0
+    check(stock, skip, images(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv_norm_relu", "block", "conv_norm_relu_pool", "functional"])
+def test_frozen_statistics(name):
+    """norm="frozen" is stock with the norm layers in evaluation mode."""
+    stock, skip = build(name, norm="frozen")
+    run(stock, images())
+    skip.load_state_dict(stock.state_dict())
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    check(stock, skip, images(), tolerance=3e-5)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_frozen_statistics_layer_by_layer_too(fuse):
+    _, skip = build("conv_norm_relu", norm="frozen", fuse=fuse)
+    before = copy.deepcopy(dict(skip.named_buffers()))
+    run(skip, images())
+    for name, buffer in skip.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    wus_ext.set_skip(skip, False)
+    run(skip, images())
+    assert not torch.equal(skip[1].running_mean, before["1.running_mean"])
+
+
+@pytest.mark.parametrize("name", ["conv_norm_relu", "block"])
+def test_gamma_trains_if_asked(name):
+    stock, skip = build(name, skip_gamma=False)
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.requires_grad_()
+    check(stock, skip, images(), tolerance=2e-5)
+
+
+def test_thirty_skip_steps_follow_stock():
+    stock, skip = build("conv_norm_relu_pool")
+    losses = []
+    for model in (stock, skip):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        torch.manual_seed(3)
+        curve = []
+        for _ in range(30):
+            x = images((4, 3, 12, 12))
+            optimizer.zero_grad()
+            loss = (model(x).mean((2, 3)) - x.mean((1, 2, 3))[:, None]).square().mean()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        losses.append(curve)
+    assert losses[0][-1] < 0.7 * losses[0][0]
+    torch.testing.assert_close(
+        torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "acts"),
+    [
+        ("conv_relu_pool", [Act.RELU_POOL, Act.RELU_POOL]),
+        ("conv_norm_relu", [Act.RELU, Act.RELU]),
+        ("functional", [Act.RELU, Act.RELU, Act.RELU_POOL]),
+        ("in_place_sum", [Act.RELU, Act.RELU, Act.RELU_POOL]),
+        ("block", [Act.RELU, Act.RELU, Act.RELU, Act.NONE]),
+    ],
+)
+def test_what_is_fused(name, acts):
+    _, skip = build(name)
+    skip(images())
+    assert [c.act for c in program(skip).chains.values()] == acts
+
+
+def test_linear_chains():
+    _, skip = build("dropout")
+    skip(images())
+    kinds = [type(c) for c in program(skip).chains.values()]
+    assert kinds == [ConvChain, DropoutChain, LinearChain, LinearChain]
+
+
+def saved_bytes(model, x):
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    return sum(t.untyped_storage().nbytes() for t in saved.values()), output
+
+
+@pytest.mark.parametrize(("name", "part"), [("conv_relu", 0.04), ("conv_relu_pool", 0.2)])
+def test_masks_are_saved_instead_of_activations(name, part):
+    stock, skip = build(name)
+    stocks, _ = saved_bytes(stock, images((4, 3, 16, 16)))
+    ours, _ = saved_bytes(skip, images((4, 3, 16, 16)))
+    assert 0 < ours <= part * stocks
+
+
+class Watched:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 4])
+def test_a_watched_layer_is_called(index):
+    _, skip = build("conv_norm_relu")
+    run(skip, images())
+    watched = Watched()
+    handle = skip[index].register_forward_hook(watched)
+    run(skip, images())
+    assert watched.calls == 1
+    handle.remove()
+    run(skip, images())
+    assert watched.calls == 1
+
+
+def test_a_replaced_layer_is_seen():
+    _, skip = build("conv_relu")
+    x = images()
+    skip(x)
+    skip[2] = nn.Conv2d(8, 4, 1).to(memory_format=torch.channels_last)
+    wus_ext.convert(skip)
+    assert skip(x).shape[1] == 4
+
+
+class Mutating(nn.Module):
+    """Writes into the input of a chain after the chain has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = x * 1.0
+        y = self.conv(x)
+        x.relu_()
+        return (y + x).relu()
+
+
+def test_an_input_that_is_written_into_later():
+    torch.manual_seed(0)
+    stock = frozen(Mutating())
+    skip = wus_ext.convert(copy.deepcopy(stock))
+    wus_ext.set_skip(skip, True)
+    x = images((2, 8, 6, 6))
+    with torch.no_grad():  # stock's backward would refuse
+        torch.testing.assert_close(skip(x), stock(x))
+
+
+class Unreadable(nn.Module):
+    """Control flow on values: torch.fx cannot trace it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+
+class MakesConstant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) * torch.tensor([2.0])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x, scale=None):
+        y = self.conv(x)
+        return y if scale is None else y * scale
+
+
+@pytest.mark.parametrize("cls", [Unreadable, MakesConstant])
+def test_an_untraceable_model_runs_layer_by_layer(cls):
+    torch.manual_seed(0)
+    stock = frozen(cls())
+    skip = wus_ext.convert(copy.deepcopy(stock))
+    wus_ext.set_skip(skip, True)
+    for x in (images() + 1, images() - 1):
+        check(stock, skip, x, tolerance=1e-6)
+    assert program(skip) is None
+
+
+def test_other_ways_to_call_run_layer_by_layer():
+    model = wus_ext.convert(TwoInputs())
+    wus_ext.set_skip(model, True)
+    x = images()
+    assert torch.allclose(model(x, 2.0), 2 * model(x), atol=1e-6)
+    assert torch.allclose(model(x, scale=torch.tensor(3.0)), 3 * model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_take_the_plain_path(dtype):
+    stock, skip = build("conv_norm_relu_pool")
+    check(stock.to(dtype), skip.to(dtype), images().to(dtype), 1e-10 if dtype.itemsize == 8 else 0.1)
+
+
+def test_autocast_takes_the_plain_path():
+    stock, skip = build("conv_relu")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = skip(images())
+    assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["conv_norm_relu", "linear"])
+def test_copies_make_their_own_program(name):
+    stock, skip = build(name)
+    run(skip, images())
+    for twin in (copy.deepcopy(skip), pickle.loads(pickle.dumps(skip))):
+        assert program(twin) is None
+        twin.load_state_dict(stock.state_dict())
+        check(copy.deepcopy(stock), twin, images(), tolerance=2e-5)
+        assert program(twin) is not program(skip)
+
+
+def test_packed_weights_live_as_long_as_their_window():
+    _, skip = build("conv_relu", algo="f4")
+    assert wus_ext.packed_bytes(skip) == 0
+    run(skip, images())
+    packed = wus_ext.packed_bytes(skip)
+    assert packed > 0
+    run(skip, images())
+    assert wus_ext.packed_bytes(skip) == packed
+    wus_ext.set_skip(skip, False)
+    assert wus_ext.packed_bytes(skip) == 0
+
+
+def test_a_full_step_drops_the_packed_weights_of_single_skip_steps():
+    _, skip = build("conv_relu", algo="f4")
+    wus_ext.set_skip(skip, False)
+    with wus_ext.skip_weight_updates(skip):
+        run(skip, images())
+    assert wus_ext.packed_bytes(skip) > 0
+    run(skip, images())
+    assert wus_ext.packed_bytes(skip) == 0
+
+
+@pytest.mark.parametrize("algo", ["f2", "f4"])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_a_changed_weight_is_packed_again(algo, norm):
+    stock, skip = build("conv_norm_relu", algo=algo, norm=norm)
+    if norm == "frozen":
+        stock.eval()
+    run(skip, images())
+    with torch.no_grad():
+        for model in (stock, skip):
+            model[3].weight.mul_(0.5)
+            model[4].weight.add_(0.25)
+            model[4].running_var.copy_(torch.full((CHANNELS,), 2.0))
+            model[4].running_mean.zero_()
+    skip.load_state_dict(stock.state_dict())
+    check(stock, skip, images(), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("budget", [0, 20_000, None])
+def test_the_memory_budget_is_kept(budget):
+    stock, skip = build("conv_relu", memory_budget=budget)
+    check(stock, skip, images(), tolerance=2e-5)
+    if budget is not None:
+        assert wus_ext.packed_bytes(skip) <= budget
+    else:
+        assert wus_ext.packed_bytes(skip) > 20_000
+
+
+def test_f2_fits_where_f4_does_not():
+    _, skip = build("conv_relu", memory_budget=40_000)
+    run(skip, images())
+    assert 0 < wus_ext.packed_bytes(skip) <= 40_000
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "running"}, "norm: 'running' is not one of batch, frozen"),
+        ({"algo": "fft"}, "algo: 'fft' is not one of auto, direct, f2, f4"),
+        ({"memory_budget": -1}, "memory_budget: expected a number of bytes"),
+        ({"memory_budget": 1.5}, "memory_budget: expected a number of bytes"),
+        ({"fuse": 1}, "fuse: expected True or False"),
+        ({"skip_gamma": None}, "skip_gamma: expected True or False"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    model = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ValueError, match=message):
+        wus_ext.convert(model, **settings)
+    assert type(model) is nn.Conv2d
+
+
+def test_double_backward_through_a_fused_chain_is_an_error():
+    _, skip = build("conv_relu")
+    x = images().requires_grad_()
+    with pytest.raises(RuntimeError, match="fuse=False"):
+        torch.autograd.grad(skip(x).sum(), x, create_graph=True)
+
+
+def test_double_backward_works_layer_by_layer():
+    stock, skip = build("conv", fuse=False)
+    images_of_both = images()
+    for model in (stock, skip):
+        x = images_of_both.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    for (name, mine), (_, theirs) in zip(
+        skip.named_parameters(), stock.named_parameters(), strict=True
+    ):
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_no_gradients_wanted(context):
+    stock, skip = build("conv_norm_relu_pool")
+    x = images()
+    with context():
+        torch.testing.assert_close(skip.eval()(x), stock.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_thread_counts_agree():
+    _, skip = build("conv_norm_relu_pool")
+    threads = torch.get_num_threads()
+    results, x = [], images((5, 3, 20, 20))
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            skip.zero_grad()
+            results.append(run(skip, x))
+    finally:
+        torch.set_num_threads(threads)
+    for output, grad, _ in results[1:]:
+        torch.testing.assert_close(output, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, results[0][1], rtol=1e-3, atol=1e-5)
