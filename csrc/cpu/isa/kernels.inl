@@ -5,4 +5,5 @@
 #include "../pool_kernels.inl"
 
 #include "../gemm_kernels.inl"
+#include "../winograd_schemes.inl"
 #include "../winograd_kernels.inl"
