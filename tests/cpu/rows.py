@@ -55,12 +55,20 @@ def pack(keep: torch.Tensor) -> torch.Tensor:
     bits = rows_of(keep)
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8))
     weights = 2 ** torch.arange(8)
-    return (bits.view(bits.shape[0], -1, 8) * weights).sum(-1).to(torch.uint8)
+    return (bits.view(bits.shape[0], bits.shape[1] // 8, 8) * weights).sum(-1).to(torch.uint8)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> None:
     """Equal bit for bit, except that NaN equals NaN and -0.0 equals 0.0."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def check_sums(sums: torch.Tensor, terms: torch.Tensor) -> None:
+    """Per-channel sums of `terms`: chains of 64 float additions, whose roundings add up as a
+    random walk does, to 8 of half an ulp of the terms' total size."""
+    terms = rows_of(terms).double()
+    limit = 8 * 2.0**-24 * terms.abs().sum(0)
+    assert ((sums.double() - terms.sum(0)).abs() <= limit).all()
 
 
 def at_one_and_two_threads(op):

@@ -25,12 +25,12 @@ def ours(x, p, relu):
 def test_same_seed_same_output_and_gradient(shape, p, relu):
     x = values(shape).requires_grad_()
     expected = stock(x, p, relu)
-    g = dense(torch.randn(shape))
-    expected.backward(g)
     after_stock = torch.get_rng_state()
     output, mask = ours(x.detach(), p, relu)
     assert torch.equal(torch.get_rng_state(), after_stock)
     same(output, expected.detach())
+    g = dense(torch.randn(shape))
+    expected.backward(g)
     scale = 1 / (1 - p) if p < 1 else 0.0
     torch.testing.assert_close(ops.apply_mask(g, mask, scale), x.grad, rtol=2e-7, atol=0)
     if x.numel():
