@@ -17,7 +17,7 @@ FILES = ["test_relu.py", "test_pool.py", "test_dropout.py", "test_batch_norm.py"
 def test_kernels(capability, chosen):
     if wus_ext.build_info()["cpu_capability"] == "generic":
         pytest.skip("this CPU has only the generic kernels")
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     script = (
         "import pytest, sys, wus_ext\n"
         f"assert wus_ext.build_info()['cpu_capability'] == {chosen!r}\n"
