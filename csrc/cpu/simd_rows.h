@@ -19,7 +19,7 @@ WUS_INLINE void store(float* p, Vec v, int lanes) {
 }
 
 WUS_INLINE uint32_t load_bits(const uint8_t* p, int lanes) {
-  return lanes > 8 ? load_bits(p) : p[0];
+  return lanes == kWidth ? load_bits(p) : load_bits_first(p, lanes);
 }
 
 // Bits beyond the last lane are stored as zero.
@@ -27,26 +27,19 @@ WUS_INLINE void store_bits(uint8_t* p, uint32_t bits, int lanes) {
   if (lanes == kWidth) {
     store_bits(p, bits);
   } else {
-    bits &= (1u << lanes) - 1;
-    p[0] = (uint8_t)bits;
-    if (lanes > 8) p[1] = (uint8_t)(bits >> 8);
+    store_bits_first(p, bits, lanes);
   }
 }
 
 WUS_INLINE IVec load_bytes(const uint8_t* p, int lanes) {
-  if (lanes == kWidth) return load_bytes(p);
-  uint8_t bytes[kWidth] = {};
-  for (int i = 0; i < lanes; ++i) bytes[i] = p[i];
-  return load_bytes(bytes);
+  return lanes == kWidth ? load_bytes(p) : load_bytes_first(p, lanes);
 }
 
 WUS_INLINE void store_bytes(uint8_t* p, IVec v, int lanes) {
   if (lanes == kWidth) {
     store_bytes(p, v);
   } else {
-    uint8_t bytes[kWidth];
-    store_bytes(bytes, v);
-    for (int i = 0; i < lanes; ++i) p[i] = bytes[i];
+    store_bytes_first(p, v, lanes);
   }
 }
 
