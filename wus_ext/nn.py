@@ -8,9 +8,10 @@ computed (``weight.grad`` stays what it was) and nothing is saved for it, while 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import functional
 
@@ -30,10 +31,21 @@ class SkipLayer:
 
 def is_bias(name: str) -> bool:
     """Whether a parameter of this name trains in a skip step: ``bias``, ``in_proj_bias``, ..."""
-    return "bias" in name.rsplit(".", 1)[-1]
+    return "bias" in name.rsplit(".", 1)[-1].split("_")
 
 
-class Conv2d(SkipLayer, nn.Conv2d):
+class DropIn(SkipLayer):
+    """Mixin of the layers here."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # torch.fx takes torch.nn's own layers for leaves, and so it should take these.
+        if args and isinstance(args[0], fx.Proxy):
+            tracer = args[0].tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return super()._call_impl(*args, **kwargs)
+
+
+class Conv2d(DropIn, nn.Conv2d):
     """:class:`torch.nn.Conv2d` with a skip flag; every ``padding_mode`` included.
 
     Example:
@@ -56,7 +68,7 @@ class Conv2d(SkipLayer, nn.Conv2d):
         )
 
 
-class Linear(SkipLayer, nn.Linear):
+class Linear(DropIn, nn.Linear):
     """:class:`torch.nn.Linear` with a skip flag.
 
     Example:
@@ -89,7 +101,7 @@ def count_batch(norm: nn.modules.batchnorm._BatchNorm) -> float:
     return 0.0 if momentum is None else momentum
 
 
-class _BatchNorm(SkipLayer):
+class _BatchNorm(DropIn):
     #: In skip steps while training: normalise with the running statistics, which stand still.
     frozen_statistics: bool = False
 
@@ -128,7 +140,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` with a skip flag: gamma is skipped, beta trains."""
 
 
-class GroupNorm(SkipLayer, nn.GroupNorm):
+class GroupNorm(DropIn, nn.GroupNorm):
     """:class:`torch.nn.GroupNorm` with a skip flag: gamma is skipped, beta trains."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -137,7 +149,7 @@ class GroupNorm(SkipLayer, nn.GroupNorm):
         return F.group_norm(input, self.num_groups, self.weight.detach(), self.bias, self.eps)
 
 
-class LayerNorm(SkipLayer, nn.LayerNorm):
+class LayerNorm(DropIn, nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` with a skip flag: gamma is skipped, beta trains."""
 
     def forward(self, input: Tensor) -> Tensor:

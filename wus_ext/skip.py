@@ -8,7 +8,10 @@ classes: parameters, buffers, hooks, ``state_dict`` keys and optimizers stay wha
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
+import types
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -34,14 +37,17 @@ NORMS = (
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-class SkipModel(SkipLayer):
-    """Mixin of a converted model's root.
+class SkipModule(SkipLayer):
+    """Mixin of a converted module without a drop-in class.
 
-    Layers without a drop-in class run stock code in a skip step too, with their weights swapped
-    for detached ones while the root's ``forward`` runs.
+    It runs stock code in a skip step too, with its weights and those of the layers inside swapped
+    for detached ones while ``forward`` runs.
     """
 
     skip_gamma: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keeps the class made at run time away from what the user's classes do here."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.skip_wgrad:
@@ -49,31 +55,67 @@ class SkipModel(SkipLayer):
         with _detached(list(_uncovered(self))):
             return super().forward(*args, **kwargs)
 
+    # The class is made at run time: copy and pickle the class that it was made from.
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        mixin = _mixin(type(self))
+        with _as_stock(self):
+            copied = copy.deepcopy(self, memo)
+        copied.__class__ = _injected(mixin, type(copied))
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class is made at run time: pickle the class it was made from.
-        _, _, *state = super().__reduce_ex__(2)
-        return (_new_skip_model, (_stock_class(type(self)),), *state)
+        with _as_stock(self):
+            make, arguments, *state = self.__reduce_ex__(max(protocol, 2))
+        return (_restore, (_mixin(type(self)), make, arguments), *state)
 
 
-_skip_model_classes: dict[type, type] = {}
+class SkipModel(SkipModule):
+    """Mixin of a converted model's root."""
 
 
-def _skip_model_class(cls: type) -> type:
-    if cls not in _skip_model_classes:
-        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-        _skip_model_classes[cls] = type(f"Skip{cls.__name__}", (SkipModel, cls), namespace)
-    return _skip_model_classes[cls]
+_injected_classes: dict[tuple[type, type], type] = {}
+
+
+def _injected(mixin: type[SkipModule], cls: type) -> type:
+    """The subclass of `cls` whose ``forward`` is the mixin's, under the signature of `cls`."""
+    if (mixin, cls) not in _injected_classes:
+
+        @functools.wraps(cls.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return mixin.forward(self, *args, **kwargs)
+
+        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "forward": forward}
+        made = types.new_class(
+            f"Skip{cls.__name__}", (mixin, cls), exec_body=lambda body: body.update(namespace)
+        )
+        _injected_classes[mixin, cls] = made
+        STOCK[made] = cls
+    return _injected_classes[mixin, cls]
+
+
+def _mixin(cls: type) -> type[SkipModule]:
+    return SkipModel if issubclass(cls, SkipModel) else SkipModule
 
 
 def _stock_class(cls: type) -> type:
-    if issubclass(cls, SkipModel):
-        return cls.__bases__[1]
     return STOCK.get(cls, cls)
 
 
-def _new_skip_model(cls: type) -> nn.Module:
-    made = _skip_model_class(cls)
-    return made.__new__(made)
+@contextmanager
+def _as_stock(module: nn.Module) -> Iterator[None]:
+    made = type(module)
+    module.__class__ = _stock_class(made)
+    try:
+        yield
+    finally:
+        module.__class__ = made
+
+
+def _restore(mixin: type[SkipModule], make: Any, arguments: tuple) -> nn.Module:
+    module = make(*arguments)
+    module.__class__ = _injected(mixin, type(module))
+    return module
 
 
 def convert(model: Model, *, skip_gamma: bool = True) -> Model:
@@ -118,19 +160,41 @@ tensor (8 values) trains
                 f"model: the lazy layer {name!r} has no parameters yet; run one forward pass "
                 "before convert"
             )
+    skipping = isinstance(root, SkipLayer) and root.skip_wgrad
     for module in root.modules():
-        norm = isinstance(module, NORMS)
-        if norm and not skip_gamma:
-            module.__class__ = _stock_class(type(module))
-        else:
-            module.__class__ = DROP_INS.get(type(module), type(module))
-    if not isinstance(root, SkipLayer):
-        root.__class__ = _skip_model_class(type(root))
-    if isinstance(root, SkipModel):
-        root.skip_gamma = skip_gamma
+        _convert_one(module, skip_gamma)
+    if not isinstance(root, SkipLayer) or type(root) is _injected_classes.get(
+        (SkipModule, _stock_class(type(root)))
+    ):
+        root.__class__ = _injected(SkipModel, _stock_class(type(root)))
+    for module in root.modules():
+        if isinstance(module, SkipModule):
+            module.skip_gamma = skip_gamma
+    if skipping:  # layers that were added in a skip window join it
+        set_skip(root, True)
     logger.info("converted %s", describe(root))
     _warn_if_pointless(root)
     return model
+
+
+def _convert_one(module: nn.Module, skip_gamma: bool) -> None:
+    stock = _stock_class(type(module))
+    if isinstance(module, NORMS) and not skip_gamma:
+        _set_flag(module, False)
+        module.__class__ = stock
+    elif stock in DROP_INS:
+        module.__class__ = DROP_INS[stock]
+    elif not isinstance(module, SkipLayer) and _runs_on_weights(module):
+        module.__class__ = _injected(SkipModule, stock)
+
+
+def _runs_on_weights(module: nn.Module) -> bool:
+    """Whether a call of `module` itself, not of the root, must detach weights of its own."""
+    return (
+        not _is_script(module)
+        and type(module).forward is not nn.Module.forward  # a ParameterList has none
+        and any(not is_bias(name) for name in module._parameters)
+    )
 
 
 def revert(model: Model) -> Model:
@@ -156,7 +220,7 @@ def revert(model: Model) -> Model:
     _check_module(model)
     for module in model.modules():
         if isinstance(module, SkipLayer):
-            module.__dict__.pop("skip_wgrad", None)
+            _set_flag(module, False)
             module.__dict__.pop("skip_gamma", None)
             module.__class__ = _stock_class(type(module))
     return model
@@ -191,6 +255,13 @@ def set_skip(model: nn.Module, skip: bool) -> None:
         for parameter in _skipped_parameters(model):
             parameter.grad = None
     for layer in layers:
+        _set_flag(layer, skip)
+
+
+def _set_flag(layer: nn.Module, skip: bool) -> None:
+    # Off is the class's own value: what torch.compile traced before the first window still fits.
+    layer.__dict__.pop("skip_wgrad", None)
+    if getattr(layer, "skip_wgrad", False) != skip:
         layer.skip_wgrad = skip
 
 
@@ -227,7 +298,7 @@ def skip_weight_updates(model: Model) -> Iterator[Model]:
         yield model
     finally:
         for layer, skip in before:
-            layer.skip_wgrad = skip
+            _set_flag(layer, skip)
 
 
 def describe(model: nn.Module) -> str:
@@ -237,7 +308,7 @@ def describe(model: nn.Module) -> str:
     kinds = Counter(
         _stock_class(type(module)).__name__
         for module in root.modules()
-        if isinstance(module, SkipLayer) and not isinstance(module, SkipModel)
+        if isinstance(module, SkipLayer) and not isinstance(module, SkipModule)
     )
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no drop-in layer"
     skipped = {id(parameter): parameter for parameter in _skipped_parameters(root)}
@@ -258,9 +329,13 @@ def _count(parameters: Any, kind: str) -> str:
 def _check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    # A TorchScript module's code is fixed; torch.jit is looked up late because it warns.
-    if type(model).__module__.startswith("torch.jit"):
+    if _is_script(model):
         raise TypeError("model: a TorchScript module cannot be converted; convert it before jit")
+
+
+def _is_script(module: nn.Module) -> bool:
+    # By name: to import torch.jit's classes warns.
+    return type(module).__module__.startswith("torch.jit")
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -289,19 +364,19 @@ def _skipped_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, SkipLayer):
             yield from module.skipped_parameters()
-        if isinstance(module, SkipModel):
+        if isinstance(module, SkipModule):
             for owner, name in _uncovered(module):
                 yield owner._parameters[name]
 
 
-def _uncovered(root: SkipModel) -> Iterator[tuple[nn.Module, str]]:
+def _uncovered(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
     """Skipped parameters that no drop-in layer looks after, as (owner, name)."""
     for path, module in root.named_modules():
-        if isinstance(module, SkipLayer) and module is not root:
+        if isinstance(module, SkipLayer) and not isinstance(module, SkipModule):
             continue
         if isinstance(module, NORMS) and not root.skip_gamma:
             continue
-        if is_bias(path.removesuffix(".original")) and "parametrizations" in path:
+        if "parametrizations" in path and is_bias(path):  # a parametrized bias is still a bias
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_bias(name):

@@ -1,0 +1,98 @@
+"""Bytes saved for backward by a skip step against stock's steps, and what the packed weights take.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --norm frozen --models vgg16_bn resnet18
+
+Counts every storage that autograd keeps between forward and backward (saved_tensors_hooks), once,
+without parameters, buffers and the images themselves. On a GPU also the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from common import NETWORKS, TrainingStep, batch, freeze, machine, table
+
+import wus_ext
+
+MIB = 2**20
+
+
+def saved_bytes(step: TrainingStep) -> int:
+    kept = [*step.model.parameters(), *step.model.buffers(), step.input, step.target]
+    known = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = tensor  # holding it keeps the address from being reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step.loss()
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def peak_bytes(step: TrainingStep) -> int | None:
+    if not step.input.is_cuda:
+        return None
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(name: str, args: argparse.Namespace) -> list[str]:
+    torch.manual_seed(0)
+    stock = wus_ext.revert(NETWORKS[name]()).to(args.device, memory_format=torch.channels_last)
+    images, labels = batch(args.batch_size, args.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    full = TrainingStep(copy.deepcopy(stock), images, labels)
+    frozen = TrainingStep(freeze(copy.deepcopy(stock)), images, labels)
+    skip = TrainingStep(wus_ext.convert(stock, norm=args.norm, algo=args.algo), images, labels)
+    wus_ext.set_skip(skip.model, True)
+    sizes = [saved_bytes(step) for step in (full, frozen, skip)]
+    peaks = [peak_bytes(step) for step in (full, skip)]
+    return [
+        name,
+        str(args.batch_size),
+        *(f"{size / MIB:.1f}" for size in sizes),
+        f"**{sizes[2] / sizes[0]:.3f}**",
+        f"{wus_ext.packed_bytes(skip.model) / MIB:.0f}",
+        " -> ".join("-" if peak is None else f"{peak / MIB:.0f}" for peak in peaks),
+    ]
+
+
+HEADER = [
+    "network",
+    "batch",
+    "stock full, MiB",
+    "stock frozen, MiB",
+    "skip, MiB",
+    "skip / full",
+    "packed weights, MiB",
+    "peak, MiB",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--norm", choices=("batch", "frozen"), default="batch")
+    parser.add_argument("--algo", choices=("auto", "direct", "f2", "f4"), default="auto")
+    args = parser.parse_args()
+    print(f"{machine()}; norm={args.norm}, algo={args.algo}\n")
+    print(table(HEADER, [measure(name, args) for name in args.models]))
+
+
+if __name__ == "__main__":
+    main()
