@@ -7,11 +7,10 @@
 
 #include "rows.h"
 
-#define WUS_DISPATCH_DTYPE(dtype, name, ...)                                          \
-  AT_DISPATCH_SWITCH(dtype, name,                                                     \
-                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                        \
-                         AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)                     \
-                             AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+#define WUS_DISPATCH_DTYPE(dtype, name, ...)                                     \
+  AT_DISPATCH_SWITCH(dtype, name,                                                \
+                     AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE( \
+                         at::kHalf, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
 
 namespace wus::cuda {
 

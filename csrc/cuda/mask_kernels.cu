@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kVector, bool kMasked, bool kStore>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kSumBlocksAnSM)
     mask_bias_grad_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask,
                           T* __restrict__ grad_input, float* __restrict__ partial, int64_t rows,
                           int64_t channels) {

@@ -51,11 +51,10 @@ std::tuple<at::Tensor, at::Tensor> max_pool_bias_grad(const at::Tensor& grad_out
   at::Tensor partial = at::empty({partial_sums(rows, channels)}, grad.options().dtype(at::kFloat));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   WUS_DISPATCH_DTYPE(grad.scalar_type(), "max_pool_bias_grad", [&] {
-    cuda::max_pool_bias_grad(grad.const_data_ptr<scalar_t>(), code.const_data_ptr<uint8_t>(),
-                             height, width,
-                             need_grad_input ? grad_input.data_ptr<scalar_t>() : nullptr,
-                             partial.data_ptr<float>(), grad_bias.data_ptr<scalar_t>(), rows,
-                             channels, stream);
+    cuda::max_pool_bias_grad(
+        grad.const_data_ptr<scalar_t>(), code.const_data_ptr<uint8_t>(), height, width,
+        need_grad_input ? grad_input.data_ptr<scalar_t>() : nullptr, partial.data_ptr<float>(),
+        grad_bias.data_ptr<scalar_t>(), rows, channels, stream);
   });
   return {grad_input, grad_bias};
 }

@@ -104,10 +104,10 @@ void max_pool_bias_grad(const T* grad, const uint8_t* code, int64_t height, int6
   add_partials(partial, c.grid.y, channels, grad_bias, stream);
 }
 
-#define WUS_INSTANTIATE(T)                                                                     \
-  template void relu_max_pool(const T*, int64_t, int64_t, bool, T*, uint8_t*, int64_t,         \
-                              int64_t, cudaStream_t);                                          \
-  template void max_pool_bias_grad(const T*, const uint8_t*, int64_t, int64_t, T*, float*, T*, \
+#define WUS_INSTANTIATE(T)                                                                      \
+  template void relu_max_pool(const T*, int64_t, int64_t, bool, T*, uint8_t*, int64_t, int64_t, \
+                              cudaStream_t);                                                    \
+  template void max_pool_bias_grad(const T*, const uint8_t*, int64_t, int64_t, T*, float*, T*,  \
                                    int64_t, int64_t, cudaStream_t);
 
 WUS_INSTANTIATE(float)

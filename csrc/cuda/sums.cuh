@@ -10,6 +10,7 @@ namespace wus::cuda {
 
 constexpr int kRowsAThread = 8;
 constexpr int kMaxSumBlocks = 1024;
+constexpr int kSumBlocksAnSM = 4;  // at least: 64 registers, enough to load four rows at once
 
 inline Cover sum_cover(int64_t rows, int64_t channels) {
   return cover(rows, channels, kRowsAThread, kMaxSumBlocks);
