@@ -79,7 +79,7 @@ def test_another_device_than_the_current_one():
 def test_a_mask_elsewhere_is_refused():
     g, x = tensors()
     _, mask = ops.relu_mask(x)
-    with pytest.raises(ValueError, match="mask must be .* on cuda:0, got .* on cpu"):
+    with pytest.raises(ValueError, match=r"mask must be .* on cuda:0, got .* on cpu"):
         ops.mask_bias_grad(g, mask.cpu())
 
 
