@@ -61,6 +61,32 @@ TORCH_LIBRARY(wus, m) {
       "batch_norm_grad_input(Tensor grad_output, Tensor input, Tensor a, Tensor b, Tensor c0, "
       "Tensor? mask=None, Tensor? scale=None, Tensor? shift=None, int act=0, "
       "bool need_grad_residual=False) -> (Tensor grad_input, Tensor grad_residual)");
+  // Winograd convolution on the CPU (3x3, stride 1, dilation 1, one group; float32, channels_last).
+  // scheme: 4 = F(4x4, 3x3), 2 = F(2x2, 3x3), 0 = maps of at most 2x2 pixels with padding 1.
+  //
+  // weight [K, C, 3, 3], any strides -> float32 [36 | 16 | 9, *], good for this process only.
+  m.def("winograd_pack(Tensor weight, bool dgrad, int scheme) -> Tensor");
+  // input [N, C, H, W]; H' = H + 2 * padding - 2, W' likewise; output channels_last.
+  // epilogue 0: -> [N, K, H', W'], uint8 [0]
+  //   1, ReLU: -> [N, K, H', W'], bit mask uint8 [N, H', W', ceil(K / 8)]
+  //   2, ReLU and 2x2 max-pooling: -> [N, K, H' / 2, W' / 2], codes uint8 [N, H' / 2, W' / 2, K]:
+  //      2 * dy + dx of the maximum, or 4 where it is not positive
+  //   3, statistics: -> [N, K, H', W'], mean and biased variance float32 [2, K]
+  // affine: scale and shift [2, C] of the input, applied as it is read, then ReLU if affine_relu.
+  m.def(
+      "winograd_forward(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "
+      "int padding, int scheme, int epilogue, Tensor? affine=None, bool affine_relu=False) "
+      "-> (Tensor, Tensor)");
+  // -> grad_input [N, in_channels, *input_size], channels_last, and grad_bias [K] or [0].
+  // prologue 0: grad_output [N, K, H', W'] as it is, no grad_bias
+  //   1: with grad_bias; 2: behind a bit mask; 3: [N, K, H' / 2, W' / 2] behind pool codes
+  //   4 to 7, batch norm, no grad_bias: a * g + b * z + c with z [N, K, H', W'] and batch_norm
+  //      [3, K] = a, b, c, where g is grad_output (4), behind a bit mask (5), behind the ReLU of
+  //      scale * z + shift (6; batch_norm [5, K] = a, b, c, scale, shift), behind pool codes (7)
+  m.def(
+      "winograd_dgrad(Tensor grad_output, Tensor packed, Tensor? mask, SymInt in_channels, "
+      "SymInt[2] input_size, int padding, int scheme, int prologue, Tensor? z=None, "
+      "Tensor? batch_norm=None) -> (Tensor, Tensor)");
 }
 
 namespace {

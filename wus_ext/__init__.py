@@ -7,19 +7,32 @@
 ['0.bias']
 """
 
-from . import functional, nn
+from . import functional, models, nn
 from ._build import build_info
 from ._version import __version__
-from .skip import convert, describe, is_skipping, revert, set_skip, skip_weight_updates
+from .policy import WUS, WUSLR
+from .skip import (
+    convert,
+    describe,
+    is_skipping,
+    packed_bytes,
+    revert,
+    set_skip,
+    skip_weight_updates,
+)
 
 __all__ = [
+    "WUS",
+    "WUSLR",
     "__version__",
     "build_info",
     "convert",
     "describe",
     "functional",
     "is_skipping",
+    "models",
     "nn",
+    "packed_bytes",
     "revert",
     "set_skip",
     "skip_weight_updates",

@@ -33,10 +33,17 @@ class Act(IntEnum):
 class Scheme(IntEnum):
     """Winograd schemes: how many multiplications an output costs instead of nine."""
 
+    Z2 = 0  # whole maps of at most 2x2 pixels with padding 1: 2.25
     F2 = 2  # F(2x2, 3x3): 4
-    Z2 = 3  # whole 2x2 maps with padding 1: 2.25
     F4 = 4  # F(4x4, 3x3): 2.25
 
+
+# What wus::winograd_forward does behind the convolution, and wus::winograd_dgrad in front of it.
+EPILOGUES = {Act.NONE: 0, Act.RELU: 1, Act.RELU_POOL: 2}
+STATISTICS = 3
+PLAIN = 0
+PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act.RELU_POOL: 3}
+NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act.RELU_POOL: 7}
 
 FREQUENCIES = {Scheme.F2: 16, Scheme.Z2: 9, Scheme.F4: 36}
 
@@ -128,9 +135,7 @@ class Winograd:
         self.rotated = rotated
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
-        output, mask = ops.winograd_forward(
-            input, self.packed, bias, self.out_channels, self.padding, self.scheme, int(act)
-        )
+        output, mask = self._convolve(input, bias, EPILOGUES[act])
         return output, (None if act == Act.NONE else mask)
 
     def backward(
@@ -138,39 +143,44 @@ class Winograd:
     ) -> tuple[Tensor | None, Tensor | None]:
         if not need_input:
             return None, masked(grad, mask, act, self.output_size, False, need_bias)[1]
-        grad_input, grad_bias = ops.winograd_dgrad(
-            grad,
-            self.rotated,
-            mask,
-            self.in_channels,
-            self.input_size,
-            self.padding,
-            self.scheme,
-            int(act),
-            need_bias,
-        )
-        return grad_input, (grad_bias if need_bias else None)
+        if act == Act.NONE and not need_bias:
+            return self.dgrad(grad), None
+        return self._deconvolve(grad, mask, PROLOGUES[act])
 
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.winograd_forward_stats(
-            input, self.packed, bias, self.out_channels, self.padding, self.scheme
-        )
+        output, statistics = self._convolve(input, bias, STATISTICS)
+        return output, statistics[0], statistics[1]
 
     def dgrad(self, grad: Tensor) -> Tensor:
-        return self.backward(grad, None, Act.NONE, True, False)[0]
+        return self._deconvolve(grad, None, PLAIN)[0]
 
     def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
-        return ops.winograd_dgrad_norm(
+        return self._deconvolve(grad, mask, NORM_PROLOGUES[act], z, torch.stack(coefficients))[0]
+
+    def _convolve(self, input: Tensor, bias: Tensor | None, epilogue: int) -> tuple[Tensor, Tensor]:
+        return ops.winograd_forward(
+            input, self.packed, bias, self.out_channels, self.padding, self.scheme, epilogue
+        )
+
+    def _deconvolve(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        prologue: int,
+        z: Tensor | None = None,
+        coefficients: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.winograd_dgrad(
             grad,
             self.rotated,
-            z,
-            *coefficients,
             mask,
             self.in_channels,
             self.input_size,
             self.padding,
             self.scheme,
-            int(act),
+            prologue,
+            z,
+            coefficients,
         )
 
 

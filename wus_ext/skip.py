@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .nn import DROP_INS, SkipLayer, is_bias
+from .program import ProgramCache
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,7 +72,18 @@ class SkipModule(SkipLayer):
 
 
 class SkipModel(SkipModule):
-    """Mixin of a converted model's root."""
+    """Mixin of a converted model's root: runs the full program or the skip program."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self.__dict__["_skip_programs"]
+        if not self.skip_wgrad:
+            cache.end_window()
+            return super().forward(*args, **kwargs)
+        program = cache.program(self, _stock_class(type(self)).forward, args, kwargs)
+        if program is None:
+            return super().forward(*args, **kwargs)
+        with _detached(list(_uncovered(self))):
+            return program(self, *args)
 
 
 _injected_classes: dict[tuple[type, type], type] = {}
@@ -118,7 +130,15 @@ def _restore(mixin: type[SkipModule], make: Any, arguments: tuple) -> nn.Module:
     return module
 
 
-def convert(model: Model, *, skip_gamma: bool = True) -> Model:
+def convert(
+    model: Model,
+    *,
+    skip_gamma: bool = True,
+    norm: str = "batch",
+    algo: str = "auto",
+    memory_budget: int | None = None,
+    fuse: bool = True,
+) -> Model:
     """Makes a model skip-aware, in place; full steps stay stock PyTorch, bit for bit.
 
     ``Conv2d``, ``Linear`` and normalisation layers become the drop-ins of :mod:`wus_ext.nn`
@@ -130,13 +150,24 @@ def convert(model: Model, *, skip_gamma: bool = True) -> Model:
         model: any module, wrapped in ``DistributedDataParallel`` or not.
         skip_gamma: whether the scale of normalisation layers counts as a weight and is skipped
             (default True) or trains in skip steps as biases do.
+        norm: statistics of batch norm in skip steps while training: ``"batch"`` (default, as
+            stock; running statistics keep updating) or ``"frozen"`` (running statistics, which
+            stand still, at less cost).
+        algo: convolutions of the CPU's skip steps in float32: ``"direct"`` (oneDNN), ``"f2"``,
+            ``"f4"`` (Winograd, where a layer allows) or ``"auto"`` (default: the fastest for each
+            layer). Rounding of ``"f2"`` is that of oneDNN, of ``"f4"`` up to 6e-6 relative.
+        memory_budget: bytes that the transformed copies of weights may take during a skip window;
+            layers that do not fit run with a smaller transform or directly. Default None: no limit.
+        fuse: whether chains of layers may run as one in skip steps (default True). Set it to False
+            for a model whose ``forward`` depends on Python state other than ``training``.
 
     Returns:
         The same object.
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module`` or is a TorchScript module.
-        ValueError: if ``model`` holds a lazy layer that has not seen an input yet.
+        ValueError: if ``model`` holds a lazy layer that has not seen an input yet, or a setting is
+            none of the above.
 
     Warns:
         UserWarning: if there was nothing to convert, or no bias that a skip step could train.
@@ -150,6 +181,7 @@ def convert(model: Model, *, skip_gamma: bool = True) -> Model:
 tensor (8 values) trains
     """
     _check_module(model)
+    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse)
     root = _unwrap(model)
     for name, module in root.named_modules():
         if (
@@ -161,8 +193,8 @@ tensor (8 values) trains
                 "before convert"
             )
     skipping = isinstance(root, SkipLayer) and root.skip_wgrad
-    for module in root.modules():
-        _convert_one(module, skip_gamma)
+    for path, module in root.named_modules():
+        _convert_one(module, path, skip_gamma)
     if not isinstance(root, SkipLayer) or type(root) is _injected_classes.get(
         (SkipModule, _stock_class(type(root)))
     ):
@@ -170,6 +202,10 @@ tensor (8 values) trains
     for module in root.modules():
         if isinstance(module, SkipModule):
             module.skip_gamma = skip_gamma
+        if isinstance(module, NORMS) and isinstance(module, SkipLayer):
+            module.frozen_statistics = norm == "frozen"
+    if isinstance(root, SkipModel):
+        root._skip_programs = ProgramCache(options)
     if skipping:  # layers that were added in a skip window join it
         set_skip(root, True)
     logger.info("converted %s", describe(root))
@@ -177,24 +213,29 @@ tensor (8 values) trains
     return model
 
 
-def _convert_one(module: nn.Module, skip_gamma: bool) -> None:
+def _convert_one(module: nn.Module, path: str, skip_gamma: bool) -> None:
     stock = _stock_class(type(module))
     if isinstance(module, NORMS) and not skip_gamma:
         _set_flag(module, False)
         module.__class__ = stock
     elif stock in DROP_INS:
         module.__class__ = DROP_INS[stock]
-    elif not isinstance(module, SkipLayer) and _runs_on_weights(module):
+    elif not isinstance(module, SkipLayer) and _runs_on_weights(module, path):
         module.__class__ = _injected(SkipModule, stock)
 
 
-def _runs_on_weights(module: nn.Module) -> bool:
+def _runs_on_weights(module: nn.Module, path: str) -> bool:
     """Whether a call of `module` itself, not of the root, must detach weights of its own."""
     return (
         not _is_script(module)
         and type(module).forward is not nn.Module.forward  # a ParameterList has none
+        and not _is_parametrized_bias(path)
         and any(not is_bias(name) for name in module._parameters)
     )
+
+
+def _is_parametrized_bias(path: str) -> bool:
+    return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
 
 
 def revert(model: Model) -> Model:
@@ -221,7 +262,8 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, SkipLayer):
             _set_flag(module, False)
-            module.__dict__.pop("skip_gamma", None)
+            for name in ("skip_gamma", "frozen_statistics", "_skip_programs"):
+                module.__dict__.pop(name, None)
             module.__class__ = _stock_class(type(module))
     return model
 
@@ -256,6 +298,8 @@ def set_skip(model: nn.Module, skip: bool) -> None:
             parameter.grad = None
     for layer in layers:
         _set_flag(layer, skip)
+        if isinstance(layer, SkipModel) and not skip:
+            layer._skip_programs.end_window()
 
 
 def _set_flag(layer: nn.Module, skip: bool) -> None:
@@ -299,6 +343,18 @@ def skip_weight_updates(model: Model) -> Iterator[Model]:
     finally:
         for layer, skip in before:
             _set_flag(layer, skip)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes that transformed copies of the weights of a converted model take right now.
+
+    They are made in the first skip step of a window and dropped when it ends.
+    """
+    return sum(
+        module._skip_programs.packed.nbytes()
+        for module in model.modules()
+        if isinstance(module, SkipModel)
+    )
 
 
 def describe(model: nn.Module) -> str:
@@ -376,7 +432,7 @@ def _uncovered(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
             continue
         if isinstance(module, NORMS) and not root.skip_gamma:
             continue
-        if "parametrizations" in path and is_bias(path):  # a parametrized bias is still a bias
+        if _is_parametrized_bias(path):
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_bias(name):

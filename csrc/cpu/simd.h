@@ -1,7 +1,9 @@
 // Float vectors for one instruction set.
 //
 // Kernels are written once against this header and compiled once per instruction set: a translation
-// unit such as kernels_avx2.cpp sets `#pragma GCC target` and WUS_ISA, then includes the kernels.
+// unit such as isa/avx2.cpp sets `#pragma GCC target`, WUS_ISA and WUS_AVX2 (and WUS_AVX512), then
+// includes the kernels. (g++ before 13 reads the whole file before it acts on the pragma, so __AVX2__
+// would not be seen.)
 // Everything lives in `wus::cpu::WUS_ISA`, and nothing here includes torch or an inline function of
 // the standard library: the linker could keep a copy that holds instructions another CPU lacks.
 #pragma once
@@ -9,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__AVX2__)
+#if defined(WUS_AVX2)
 #include <immintrin.h>
 #endif
 
@@ -21,10 +23,10 @@
 
 namespace wus::cpu::WUS_ISA {
 
-#if defined(__AVX512F__)
+#if defined(WUS_AVX512)
 constexpr int kWidth = 16;
 constexpr int kRegisters = 32;
-#elif defined(__AVX2__)
+#elif defined(WUS_AVX2)
 constexpr int kWidth = 8;
 constexpr int kRegisters = 16;
 #else
@@ -47,7 +49,7 @@ WUS_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 // The first n lanes; the others read as zero and are not touched in memory. 0 < n <= kWidth.
 WUS_INLINE Vec load_first(const float* p, int n) {
-#if defined(__AVX512F__)
+#if defined(WUS_AVX512)
   return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 #else
   Vec v{};
@@ -57,7 +59,7 @@ WUS_INLINE Vec load_first(const float* p, int n) {
 }
 
 WUS_INLINE void store_first(float* p, Vec v, int n) {
-#if defined(__AVX512F__)
+#if defined(WUS_AVX512)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 #else
   for (int i = 0; i < n; ++i) p[i] = v[i];
@@ -67,9 +69,9 @@ WUS_INLINE void store_first(float* p, Vec v, int n) {
 // Bit i of the result is lane i of the mask. Masks in memory hold element c of a pixel in bit c % 8
 // of byte c / 8; a pixel's row of C channels takes ceil(C / 8) bytes.
 WUS_INLINE uint32_t to_bits(IVec mask) {
-#if defined(__AVX512F__)
+#if defined(WUS_AVX512)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
+#elif defined(WUS_AVX2)
   return (uint32_t)_mm256_movemask_ps((__m256)mask);
 #else
   uint32_t bits = 0;
@@ -79,9 +81,9 @@ WUS_INLINE uint32_t to_bits(IVec mask) {
 }
 
 WUS_INLINE IVec from_bits(uint32_t bits) {
-#if defined(__AVX512F__)
+#if defined(WUS_AVX512)
   return (IVec)_mm512_maskz_set1_epi32((__mmask16)bits, -1);
-#elif defined(__AVX2__)
+#elif defined(WUS_AVX2)
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
   return (IVec)_mm256_cmpeq_epi32(set, lane);
@@ -105,9 +107,9 @@ WUS_INLINE void store_bits(uint8_t* p, uint32_t bits) {
 
 // Bytes, one a lane, widened to int32 and back (values 0 to 255).
 WUS_INLINE IVec load_bytes(const uint8_t* p) {
-#if defined(__AVX512F__)
+#if defined(WUS_AVX512)
   return (IVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__AVX2__)
+#elif defined(WUS_AVX2)
   return (IVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
   IVec v;
@@ -117,9 +119,9 @@ WUS_INLINE IVec load_bytes(const uint8_t* p) {
 }
 
 WUS_INLINE void store_bytes(uint8_t* p, IVec v) {
-#if defined(__AVX512F__)
+#if defined(WUS_AVX512)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
-#elif defined(__AVX2__)
+#elif defined(WUS_AVX2)
   const __m128i low = _mm256_castsi256_si128((__m256i)v);
   const __m128i high = _mm256_extracti128_si256((__m256i)v, 1);
   const __m128i words = _mm_packus_epi32(low, high);
@@ -127,6 +129,29 @@ WUS_INLINE void store_bytes(uint8_t* p, IVec v) {
 #else
   for (int i = 0; i < kWidth; ++i) p[i] = (uint8_t)v[i];
 #endif
+}
+
+// The same of the first n elements, which are all that is touched; the other lanes read as zero.
+WUS_INLINE uint32_t load_bits_first(const uint8_t* p, int n) {
+  uint32_t bits = p[0];
+  if (n > 8) bits |= (uint32_t)p[1] << 8;
+  return bits & ((1u << n) - 1);
+}
+
+WUS_INLINE void store_bits_first(uint8_t* p, uint32_t bits, int n) {
+  bits &= (1u << n) - 1;
+  p[0] = (uint8_t)bits;
+  if (n > 8) p[1] = (uint8_t)(bits >> 8);
+}
+
+WUS_INLINE IVec load_bytes_first(const uint8_t* p, int n) {
+  IVec v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+WUS_INLINE void store_bytes_first(uint8_t* p, IVec v, int n) {
+  for (int i = 0; i < n; ++i) p[i] = (uint8_t)v[i];
 }
 
 // What torch's threshold_backward keeps: not (y <= 0), so NaN passes its gradient on.

@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma")
 #define WUS_ISA avx2
+#define WUS_AVX2
 
 #include "kernels.inl"
 

@@ -3,3 +3,6 @@
 #include "../batch_norm_kernels.inl"
 #include "../mask_kernels.inl"
 #include "../pool_kernels.inl"
+
+#include "../gemm_kernels.inl"
+#include "../winograd_kernels.inl"

@@ -1,0 +1,430 @@
+#include "winograd_kernels.h"
+
+namespace wus::cpu::WUS_ISA {
+
+// One dimension of each scheme: y = At [(G g) * (Bt d)] with kPatch inputs d, kPoints products and
+// kTile outputs y.
+
+// F(4,3) at the points 0, 1, -1, 1/2, -2 and infinity, whose rounding error is below that of the
+// usual 0, +-1, +-2.
+struct F4 {
+  static constexpr int kTile = 4, kPatch = 6, kPoints = 6;
+  static WUS_INLINE void input(const Vec* d, Vec* v) {
+    const Vec even = d[4] - d[2], odd = d[3] - d[1];
+    v[0] = 1.5f * odd + (d[0] + (d[4] - 2.f * d[2]));
+    v[1] = 2.5f * d[3] + (0.5f * d[2] + (d[4] - d[1]));
+    v[2] = 0.5f * d[3] + ((d[4] + d[1]) - 2.5f * d[2]);
+    v[3] = 2.f * odd + even;
+    v[4] = even - 0.5f * odd;
+    v[5] = 1.5f * even + (d[1] + (d[5] - 2.f * d[3]));
+  }
+  static WUS_INLINE void output(const Vec* m, Vec* y) {
+    const Vec sum = m[1] + m[2], difference = m[1] - m[2];
+    y[0] = (m[0] + sum) + (m[3] + m[4]);
+    y[1] = 0.5f * m[3] + (difference - 2.f * m[4]);
+    y[2] = 0.25f * m[3] + (4.f * m[4] + sum);
+    y[3] = (0.125f * m[3] + difference) + (m[5] - 8.f * m[4]);
+  }
+  static WUS_INLINE void weight(const Vec* g, Vec* u) {
+    const Vec ends = g[0] + g[2];
+    u[0] = g[0];
+    u[1] = (ends + g[1]) * (1.f / 3);
+    u[2] = (g[1] - ends) * (1.f / 3);
+    u[3] = (g[0] + 0.5f * g[1] + 0.25f * g[2]) * (-16.f / 15);
+    u[4] = (g[0] - 2.f * g[1] + 4.f * g[2]) * (1.f / 15);
+    u[5] = g[2];
+  }
+};
+
+// F(2,3) at the points 0, 1, -1 and infinity.
+struct F2 {
+  static constexpr int kTile = 2, kPatch = 4, kPoints = 4;
+  static WUS_INLINE void input(const Vec* d, Vec* v) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1] + d[2];
+    v[2] = d[2] - d[1];
+    v[3] = d[3] - d[1];
+  }
+  static WUS_INLINE void output(const Vec* m, Vec* y) {
+    y[0] = (m[0] + m[1]) + m[2];
+    y[1] = (m[1] - m[2]) + m[3];
+  }
+  static WUS_INLINE void weight(const Vec* g, Vec* u) {
+    const Vec ends = g[0] + g[2];
+    u[0] = g[0];
+    u[1] = 0.5f * (ends + g[1]);
+    u[2] = 0.5f * (ends - g[1]);
+    u[3] = g[2];
+  }
+};
+
+// Two pixels a, b between zeros: g1 a + g2 b and g0 a + g1 b share the product g1 (a + b).
+struct Z2 {
+  static constexpr int kTile = 2, kPatch = 2, kPoints = 3;
+  static WUS_INLINE void input(const Vec* d, Vec* v) {
+    v[0] = d[0] + d[1];
+    v[1] = d[1];
+    v[2] = d[0];
+  }
+  static WUS_INLINE void output(const Vec* m, Vec* y) {
+    y[0] = m[0] + m[1];
+    y[1] = m[0] + m[2];
+  }
+  static WUS_INLINE void weight(const Vec* g, Vec* u) {
+    u[0] = g[1];
+    u[1] = g[2] - g[1];
+    u[2] = g[0] - g[1];
+  }
+};
+
+// A block is the kWidth channels (fewer in the last one, !kFull) that one vector holds.
+template <bool kFull>
+WUS_INLINE Vec load_block(const float* p, int n) {
+  return kFull ? load(p) : load_first(p, n);
+}
+
+template <bool kFull>
+WUS_INLINE void store_block(float* p, Vec v, int n) {
+  kFull ? store(p, v) : store_first(p, v, n);
+}
+
+// A pixel of a patch. Outside the map it stands for a pixel inside, whose value is then dropped.
+struct Pixel {
+  int64_t x, z, bits;  // offsets of its first channel
+  int32_t inside;      // 0 or -1
+  int32_t code;        // that names it among the four of its pooled pixel, or -1
+};
+
+template <WinogradSource kSource>
+constexpr bool kIsPooled = kSource == WinogradSource::codes || kSource == WinogradSource::bn_codes;
+template <WinogradSource kSource>
+constexpr bool kIsBatchNorm =
+    kSource == WinogradSource::bn || kSource == WinogradSource::bn_bits ||
+    kSource == WinogradSource::bn_sign || kSource == WinogradSource::bn_codes;
+
+template <class Scheme, WinogradSource kSource>
+WUS_INLINE void find_pixels(const WinogradInput& in, int64_t image, int64_t top, int64_t left,
+                            Pixel* pixels) {
+  const int64_t bytes = (in.channels + 7) / 8;
+  const int64_t pooled_height = in.height / 2, pooled_width = in.width / 2;
+  for (int i = 0; i < Scheme::kPatch; ++i) {
+    for (int j = 0; j < Scheme::kPatch; ++j) {
+      const int64_t row = top + i, col = left + j;
+      const int64_t y = row < 0 ? 0 : row < in.height ? row : in.height - 1;
+      const int64_t x = col < 0 ? 0 : col < in.width ? col : in.width - 1;
+      const int64_t index = (image * in.height + y) * in.width + x;
+      Pixel& pixel = pixels[i * Scheme::kPatch + j];
+      pixel.inside = -(int32_t)(y == row && x == col);
+      pixel.x = pixel.z = index * in.channels;
+      pixel.bits = index * bytes;
+      if constexpr (kIsPooled<kSource>) {
+        const int64_t py = y / 2 < pooled_height ? y / 2 : pooled_height - 1;
+        const int64_t px = x / 2 < pooled_width ? x / 2 : pooled_width - 1;
+        pixel.x = ((image * pooled_height + py) * pooled_width + px) * in.channels;
+        pixel.code = py == y / 2 && px == x / 2 ? (int32_t)(y % 2 * 2 + x % 2) : -1;
+      }
+    }
+  }
+}
+
+struct ChannelVectors {
+  Vec a, b, c, scale, shift;
+};
+
+template <WinogradSource kSource, bool kFull>
+WUS_INLINE ChannelVectors load_vectors(const WinogradInput& in, int64_t channel, int n) {
+  ChannelVectors v{};
+  if constexpr (kIsBatchNorm<kSource>) {
+    v.a = load_block<kFull>(in.a + channel, n);
+    v.b = load_block<kFull>(in.b + channel, n);
+    v.c = load_block<kFull>(in.c + channel, n);
+  }
+  if constexpr (kSource == WinogradSource::bn_sign || kSource == WinogradSource::affine ||
+                kSource == WinogradSource::affine_relu) {
+    v.scale = load_block<kFull>(in.scale + channel, n);
+    v.shift = load_block<kFull>(in.shift + channel, n);
+  }
+  return v;
+}
+
+template <WinogradSource kSource, bool kFull>
+WUS_INLINE Vec load_pixel(const WinogradInput& in, const Pixel& pixel, const ChannelVectors& k,
+                          int64_t channel, int n) {
+  Vec x = load_block<kFull>(in.x + pixel.x + channel, n), z{};
+  if constexpr (kIsBatchNorm<kSource>) z = load_block<kFull>(in.z + pixel.z + channel, n);
+  if constexpr (kSource == WinogradSource::bits || kSource == WinogradSource::bn_bits) {
+    const uint8_t* p = in.mask + pixel.bits + channel / 8;
+    x = select(from_bits(kFull ? load_bits(p) : load_bits_first(p, n)), x, zero());
+  }
+  if constexpr (kIsPooled<kSource>) {
+    const uint8_t* p = in.mask + pixel.x + channel;
+    const IVec codes = kFull ? load_bytes(p) : load_bytes_first(p, n);
+    x = select(codes == pixel.code, x, zero());
+  }
+  if constexpr (kSource == WinogradSource::bn_sign) {
+    x = select(relu_mask(k.scale * z + k.shift), x, zero());
+  }
+  if constexpr (kIsBatchNorm<kSource>) x = k.a * x + (k.b * z + k.c);
+  if constexpr (kSource == WinogradSource::affine) x = k.scale * x + k.shift;
+  if constexpr (kSource == WinogradSource::affine_relu) {
+    x = k.scale * x + k.shift;
+    x = select(relu_mask(x), x, zero());
+  }
+  return (Vec)((IVec)x & pixel.inside);
+}
+
+// Which rows and columns of the patch, [first, last), are summed with this tile and no other.
+struct Owned {
+  int first_row, last_row, first_col, last_col;
+};
+
+template <class Scheme, WinogradSource kSource, bool kFull>
+WUS_INLINE void input_block(const WinogradInput& in, const Pixel* pixels, const Owned& owned,
+                            int64_t channel, int n, float* v, int64_t plane, float* sums) {
+  constexpr int kPatch = Scheme::kPatch, kPoints = Scheme::kPoints;
+  const ChannelVectors vectors = load_vectors<kSource, kFull>(in, channel, n);
+  Vec half[kPoints][kPatch];
+  Vec sum = zero();
+#pragma GCC unroll 6
+  for (int j = 0; j < kPatch; ++j) {
+    Vec column[kPatch], transformed[kPoints];
+#pragma GCC unroll 6
+    for (int i = 0; i < kPatch; ++i) {
+      column[i] = load_pixel<kSource, kFull>(in, pixels[i * kPatch + j], vectors, channel, n);
+    }
+    if (j >= owned.first_col && j < owned.last_col) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kPatch; ++i) {
+        if (i >= owned.first_row && i < owned.last_row) sum += column[i];
+      }
+    }
+    Scheme::input(column, transformed);
+#pragma GCC unroll 6
+    for (int i = 0; i < kPoints; ++i) half[i][j] = transformed[i];
+  }
+  if (sums != nullptr) {
+    store_block<kFull>(sums + channel, load_block<kFull>(sums + channel, n) + sum, n);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kPoints; ++i) {
+    Vec transformed[kPoints];
+    Scheme::input(half[i], transformed);
+#pragma GCC unroll 6
+    for (int j = 0; j < kPoints; ++j) {
+      store(v + (i * kPoints + j) * plane + channel, transformed[j]);
+    }
+  }
+}
+
+template <class Scheme, WinogradSource kSource>
+static void input_tiles(const WinogradInput& in, int64_t first, int64_t last,
+                        const WinogradTiles& v, float* sums) {
+  const int64_t whole = in.channels / kWidth * kWidth;
+  // The patch starts this far before the outputs; the 2x2 scheme takes its padding as understood.
+  const int before = Scheme::kPatch > Scheme::kTile ? (int)in.padding : 0;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t col = tile % in.tile_cols, rest = tile / in.tile_cols;
+    const int64_t row = rest % in.tile_rows, image = rest / in.tile_rows;
+    Pixel pixels[Scheme::kPatch * Scheme::kPatch];
+    find_pixels<Scheme, kSource>(in, image, row * Scheme::kTile - before,
+                                 col * Scheme::kTile - before, pixels);
+    Owned owned{};
+    if (sums != nullptr) {
+      // The pixels under the tile's own outputs; the last tile also takes what remains.
+      owned = {before, row + 1 == in.tile_rows ? Scheme::kPatch : before + Scheme::kTile, before,
+               col + 1 == in.tile_cols ? Scheme::kPatch : before + Scheme::kTile};
+    }
+    float* to = v.data + (tile - first) * v.row;
+    int64_t channel = 0;
+    for (; channel < whole; channel += kWidth) {
+      input_block<Scheme, kSource, true>(in, pixels, owned, channel, kWidth, to, v.plane, sums);
+    }
+    if (channel < in.channels) {
+      input_block<Scheme, kSource, false>(in, pixels, owned, channel, (int)(in.channels - channel),
+                                          to, v.plane, sums);
+    }
+  }
+}
+
+// The greater of two, the later NaN winning, as max_pool2d scans; `code` follows.
+WUS_INLINE void take_greater(Vec candidate, int32_t position, Vec& best, IVec& code) {
+  const IVec wins = (candidate > best) | (candidate != candidate);
+  best = select(wins, candidate, best);
+  code = wins ? position - IVec{} : code;
+}
+
+template <bool kFull>
+WUS_INLINE void pool_pixel(Vec a, Vec b, Vec c, Vec d, float* y, uint8_t* codes, int n) {
+  Vec best = a;
+  IVec code{};
+  take_greater(b, 1, best, code);
+  take_greater(c, 2, best, code);
+  take_greater(d, 3, best, code);
+  const IVec kept = relu_mask(best);
+  code = kept ? code : 4 - IVec{};
+  store_block<kFull>(y, select(kept, best, zero()), n);
+  kFull ? store_bytes(codes, code) : store_bytes_first(codes, code, n);
+}
+
+struct TilePlace {
+  int64_t image, row, col;  // of its first output
+};
+
+template <class Scheme, WinogradEpilogue kEpilogue, bool kFull>
+WUS_INLINE void output_block(const WinogradOutput& out, const TilePlace& place, int64_t channel,
+                             int n, const float* m, int64_t plane, float* stats, bool first) {
+  constexpr int kTile = Scheme::kTile, kPoints = Scheme::kPoints;
+  Vec half[kTile][kPoints];
+#pragma GCC unroll 6
+  for (int j = 0; j < kPoints; ++j) {
+    Vec column[kPoints], transformed[kTile];
+#pragma GCC unroll 6
+    for (int i = 0; i < kPoints; ++i) column[i] = load(m + (i * kPoints + j) * plane + channel);
+    Scheme::output(column, transformed);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) half[i][j] = transformed[i];
+  }
+  const Vec bias = out.bias ? load_block<kFull>(out.bias + channel, n) : zero();
+  Vec y[kTile][kTile];
+#pragma GCC unroll 4
+  for (int i = 0; i < kTile; ++i) {
+    Scheme::output(half[i], y[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; ++j) y[i][j] += bias;
+  }
+
+  if constexpr (kEpilogue == WinogradEpilogue::pool) {
+    const int64_t height = out.height / 2, width = out.width / 2;
+#pragma GCC unroll 2
+    for (int i = 0; i < kTile; i += 2) {
+      const int64_t row = place.row / 2 + i / 2;
+#pragma GCC unroll 2
+      for (int j = 0; j < kTile; j += 2) {
+        const int64_t col = place.col / 2 + j / 2;
+        if (row >= height || col >= width) continue;
+        const int64_t at = ((place.image * height + row) * width + col) * out.channels + channel;
+        pool_pixel<kFull>(y[i][j], y[i][j + 1], y[i + 1][j], y[i + 1][j + 1], out.y + at,
+                          out.mask + at, n);
+      }
+    }
+    return;
+  }
+
+  Vec pivot, sum, squares;
+  if constexpr (kEpilogue == WinogradEpilogue::stats) {
+    pivot = first ? y[0][0] : load_block<kFull>(stats + channel, n);
+    sum = first ? zero() : load_block<kFull>(stats + out.channels + channel, n);
+    squares = first ? zero() : load_block<kFull>(stats + 2 * out.channels + channel, n);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; ++j) {
+      const int64_t row = place.row + i, col = place.col + j;
+      if (row >= out.height || col >= out.width) continue;
+      const int64_t pixel = (place.image * out.height + row) * out.width + col;
+      Vec value = y[i][j];
+      if constexpr (kEpilogue == WinogradEpilogue::relu) {
+        const IVec kept = relu_mask(value);
+        value = select(kept, value, zero());
+        uint8_t* bits = out.mask + pixel * ((out.channels + 7) / 8) + channel / 8;
+        kFull ? store_bits(bits, to_bits(kept)) : store_bits_first(bits, to_bits(kept), n);
+      }
+      if constexpr (kEpilogue == WinogradEpilogue::stats) {
+        const Vec shifted = value - pivot;
+        sum += shifted;
+        squares = shifted * shifted + squares;
+      }
+      store_block<kFull>(out.y + pixel * out.channels + channel, value, n);
+    }
+  }
+  if constexpr (kEpilogue == WinogradEpilogue::stats) {
+    store_block<kFull>(stats + channel, pivot, n);
+    store_block<kFull>(stats + out.channels + channel, sum, n);
+    store_block<kFull>(stats + 2 * out.channels + channel, squares, n);
+  }
+}
+
+template <class Scheme, WinogradEpilogue kEpilogue>
+static void output_tiles(const WinogradOutput& out, int64_t first, int64_t last,
+                         const WinogradTiles& m, float* stats) {
+  const int64_t whole = out.channels / kWidth * kWidth;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t col = tile % out.tile_cols, rest = tile / out.tile_cols;
+    const int64_t row = rest % out.tile_rows, image = rest / out.tile_rows;
+    const TilePlace place{image, row * Scheme::kTile, col * Scheme::kTile};
+    const float* from = m.data + (tile - first) * m.row;
+    int64_t channel = 0;
+    for (; channel < whole; channel += kWidth) {
+      output_block<Scheme, kEpilogue, true>(out, place, channel, kWidth, from, m.plane, stats,
+                                            tile == first);
+    }
+    if (channel < out.channels) {
+      output_block<Scheme, kEpilogue, false>(out, place, channel, (int)(out.channels - channel),
+                                             from, m.plane, stats, tile == first);
+    }
+  }
+}
+
+template <class Scheme>
+static void transform_weight(const WinogradWeight& w, int64_t columns, int64_t first, int64_t last,
+                             float* packed, int64_t plane) {
+  constexpr int kPoints = Scheme::kPoints, kDepth = 8;
+  // Gathered for several input channels at a time, which are neighbours in a dense weight.
+  float taps[kDepth][9][kPanel];
+  for (int64_t k0 = first; k0 < last; k0 += kDepth) {
+    const int depth = last - k0 < kDepth ? (int)(last - k0) : kDepth;
+    for (int column = 0; column < kPanel; ++column) {
+      const float* from = w.data + column * w.output + k0 * w.input;
+      for (int k = 0; k < depth; ++k) {
+        for (int tap = 0; tap < 9; ++tap) {
+          taps[k][tap][column] =
+              column < columns ? from[k * w.input + tap / 3 * w.y + tap % 3 * w.x] : 0.f;
+        }
+      }
+    }
+    for (int k = 0; k < depth; ++k) {
+      for (int side = 0; side < 2; ++side) {
+        Vec half[kPoints][3];
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) {
+          Vec column[3], transformed[kPoints];
+#pragma GCC unroll 3
+          for (int i = 0; i < 3; ++i) column[i] = load(taps[k][i * 3 + j] + side * kWidth);
+          Scheme::weight(column, transformed);
+#pragma GCC unroll 6
+          for (int i = 0; i < kPoints; ++i) half[i][j] = transformed[i];
+        }
+        float* to = packed + (k0 + k) * kPanel + side * kWidth;
+#pragma GCC unroll 6
+        for (int i = 0; i < kPoints; ++i) {
+          Vec transformed[kPoints];
+          Scheme::weight(half[i], transformed);
+#pragma GCC unroll 6
+          for (int j = 0; j < kPoints; ++j) store(to + (i * kPoints + j) * plane, transformed[j]);
+        }
+      }
+    }
+  }
+}
+
+#define WUS_INPUTS(scheme)                                                                        \
+  {input_tiles<scheme, WinogradSource::plain>,      input_tiles<scheme, WinogradSource::bits>,    \
+   input_tiles<scheme, WinogradSource::codes>,      input_tiles<scheme, WinogradSource::bn>,      \
+   input_tiles<scheme, WinogradSource::bn_bits>,    input_tiles<scheme, WinogradSource::bn_sign>, \
+   input_tiles<scheme, WinogradSource::bn_codes>,   input_tiles<scheme, WinogradSource::affine>,  \
+   input_tiles<scheme, WinogradSource::affine_relu>}
+#define WUS_OUTPUTS(scheme)                                                                    \
+  {output_tiles<scheme, WinogradEpilogue::none>, output_tiles<scheme, WinogradEpilogue::relu>, \
+   output_tiles<scheme, WinogradEpilogue::pool>, output_tiles<scheme, WinogradEpilogue::stats>}
+
+extern const WinogradKernels winograd_kernels = {
+    {WUS_INPUTS(Z2), WUS_INPUTS(F2), WUS_INPUTS(F4)},
+    {WUS_OUTPUTS(Z2), WUS_OUTPUTS(F2), WUS_OUTPUTS(F4)},
+    {transform_weight<Z2>, transform_weight<F2>, transform_weight<F4>},
+};
+
+#undef WUS_INPUTS
+#undef WUS_OUTPUTS
+
+}  // namespace wus::cpu::WUS_ISA

@@ -1,0 +1,175 @@
+import csv
+import json
+
+import pytest
+
+from wus_ext.training import ConfigError, TrainConfig
+from wus_ext.training.compare import CompareConfig, compare
+from wus_ext.training.report import Run, markdown
+from wus_ext.training.trainer import Trainer
+
+pytest.importorskip("matplotlib")
+
+from . import tiny
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks and images that train in no time, under the names of real ones."""
+    monkeypatch.setattr("wus_ext.training.compare.load_data", lambda config: tiny.data())
+    original = Trainer.__init__
+
+    def init(self, config, **options):
+        original(self, config, build=tiny.build, **options)
+
+    monkeypatch.setattr(Trainer, "__init__", init)
+
+
+def history(seconds, accuracy, skipped=()):
+    return [
+        {
+            "epoch": epoch,
+            "train_seconds": second,
+            "test_accuracy": accuracy,
+            "skipped": epoch in skipped,
+            "step_seconds": second / 10,
+        }
+        for epoch, second in enumerate(seconds, 1)
+    ]
+
+
+RUNS = [
+    Run("vgg11", "baseline", 0, history([10, 10], 80.0)),
+    Run("vgg11", "wus", 0, history([10, 4], 79.0, skipped={2})),
+    Run("vgg11", "baseline in the time of wus", 0, history([10], 70.0)),
+    Run("vgg11", "baseline", 1, history([20, 20], 82.0)),
+    Run("vgg11", "wus", 1, history([20, 12], 81.0, skipped={2})),
+    Run("vgg11", "baseline in the time of wus", 1, history([20], 74.0)),
+]
+
+
+def cells(table, *names):
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {' | '.join(names)} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][len(names) :]
+
+
+def test_the_table_has_means_and_deviations_over_seeds():
+    table = markdown(RUNS, TrainConfig(epochs=2))
+    assert cells(table, "vgg11", "baseline") == [
+        "2", "81.00 ± 1.41", "30.0 ± 14.1", "-", "0 ± 0", "-"
+    ]  # fmt: skip
+    # Saved: 1 - 14/20 = 30 % and 1 - 32/40 = 20 %; a skip step costs 0.4 and 0.6 of a full one.
+    assert cells(table, "vgg11", "wus") == [
+        "2", "80.00 ± 1.41", "23.0 ± 12.7", "25.0 ± 7.1", "50 ± 0", "0.50 ± 0.14"
+    ]  # fmt: skip
+    assert cells(table, "vgg11", "baseline in the time of wus")[:2] == ["1", "72.00 ± 2.83"]
+    assert "54 % WUS, 50 % WUS+LR" in table
+    assert "average**" not in table
+
+
+def test_several_networks_have_an_average():
+    other = [Run("alexnet", run.method, run.seed, run.history) for run in RUNS[:2]]
+    table = markdown([*RUNS[:2], *other], TrainConfig(epochs=2))
+    assert cells(table, "**average**", "wus") == ["2", "79.00", "14.0", "30.0", "50", "0.40"]
+    assert "one seed" in table
+
+
+def test_a_comparison_trains_every_method_and_the_controls(tmp_path, small):
+    config = CompareConfig(base=tiny.CONFIG, models=("vgg11", "alexnet"), seeds=2)
+    lines = []
+    runs = compare(config, tmp_path, say=lines.append)
+    assert {(r.model, r.seed) for r in runs} == {(m, s) for m in config.models for s in (0, 1)}
+    for run in runs:
+        assert len(run.history) <= 4 if run.control else len(run.history) == 4
+    assert sum(run.control for run in runs) == 8
+    by_name = {(run.model, run.method, run.seed): run.history for run in runs}
+    first = [
+        by_name["vgg11", method, 0][0]["train_loss"] for method in ("baseline", "wus", "wus+lr")
+    ]
+    assert first[0] == first[1] == first[2]
+    assert lines == [(tmp_path / "table.md").read_text()]
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [(row["network"], row["method"], int(row["seed"])) for row in table] == [
+        (run.model, run.method, run.seed) for run in runs
+    ]
+
+
+def test_the_control_gets_the_time_of_the_method(tmp_path, small, monkeypatch):
+    original = Trainer.run_epoch
+
+    def run_epoch(self):
+        record = original(self)
+        record["train_seconds"] = 1.0 if record["skipped"] else 4.0
+        return record
+
+    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+    config = CompareConfig(
+        base=tiny.CONFIG.replace(epochs=8, max_window=9, warmup=0, schedule="constant"),
+        methods=("wus",),
+    )
+    baseline, wus, control = compare(config, tmp_path)
+    assert [record["skipped"] for record in wus.history] == [False] * 2 + [True] * 6
+    # 2 * 4 + 6 * 1 = 14 of 32 seconds are 3.5 of 8 epochs.
+    assert len(control.history) == 4
+    assert not any(record["skipped"] for record in baseline.history)
+
+
+def test_an_interrupted_comparison_resumes_and_repeats_nothing(tmp_path, small, monkeypatch):
+    config = CompareConfig(base=tiny.CONFIG, control=False)
+    original, epochs = Trainer.run_epoch, []
+
+    def run_epoch(self):
+        if len(epochs) == 5:
+            raise KeyboardInterrupt
+        epochs.append(self.config.method)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, tmp_path)
+    assert epochs == ["baseline", "wus", "wus+lr", "baseline", "wus"]
+    monkeypatch.setattr(Trainer, "run_epoch", original)
+    runs = compare(config, tmp_path, resume=True)
+    whole = compare(config, tmp_path / "whole")
+    losses = [[[r["train_loss"] for r in run.history] for run in part] for part in (runs, whole)]
+    assert losses[0] == losses[1]
+
+    monkeypatch.setattr(Trainer, "__init__", lambda *a, **k: pytest.fail("trained again"))
+    assert [r.history for r in compare(config, tmp_path, resume=True)] == [r.history for r in runs]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"models": ()}, "models must be one or more"),
+        ({"models": ("vgg11", "vgg11")}, "models must be one or more different"),
+        ({"methods": ("sgd",)}, "method must be one of"),
+        ({"base": TrainConfig(epochs=-1)}, "epochs must be at least 1"),
+    ],
+    ids=["seeds", "no-model", "twice", "method", "base"],
+)
+def test_a_bad_comparison_is_refused_before_any_work(tmp_path, changes, message):
+    config = CompareConfig(**{"base": tiny.CONFIG, **changes})
+    with pytest.raises(ConfigError, match=message):
+        compare(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_does_not_fit_is_refused(tmp_path, small):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    config = CompareConfig(base=tiny.CONFIG)
+    with pytest.raises(ConfigError, match="is not empty"):
+        compare(config, tmp_path / "other")
+    with pytest.raises(ConfigError, match="no comparison to resume"):
+        compare(config, tmp_path / "other", resume=True)
+    (tmp_path / "compare.json").write_text(json.dumps(config.to_dict()))
+    contradiction = CompareConfig(base=tiny.CONFIG.replace(lr=0.5), seeds=2)
+    with pytest.raises(
+        ConfigError, match=r"seeds is 1 there, 2 here; lr is 0\.05 there, 0\.5 here"
+    ):
+        compare(contradiction, tmp_path, resume=True)

@@ -1,0 +1,275 @@
+"""The command ``wus-ext``: train, compare, info."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import build_info
+from .training.compare import CompareConfig, compare, read_compare
+from .training.config import METHODS, MODELS, TrainConfig
+from .training.errors import ConfigError, DataError, MissingExtra, TrainingError
+from .training.progress import Progress
+from .training.runfolder import RunFolder
+from .training.trainer import Trainer
+
+__all__ = ["main"]
+
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+_GROUPS = {
+    "what to train": ("model", "dataset", "method"),
+    "optimisation": (
+        *("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gamma"),
+        *("milestones", "amp", "channels_last", "device", "seed"),
+    ),
+    "when to skip (wus, wus+lr)": (
+        *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "lr_drop"),
+    ),
+    "data": (
+        *("data_dir", "download", "limit_train", "limit_test", "validation", "memory_budget"),
+        "workers",
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0 is success, 1 a training that failed, 2 bad arguments or data, 130 an interrupt.
+
+    Args:
+        arguments: instead of those of the process, without the program's name.
+    """
+    given = vars(_parser().parse_args(arguments))
+    run: Callable[..., int] = given.pop("run")
+    command: str = given.pop("command")
+    try:
+        return run(given)
+    except (ConfigError, DataError, MissingExtra) as error:
+        return _fail(command, error, 2)
+    except TrainingError as error:
+        return _fail(command, error, 1)
+
+
+def _fail(command: str, error: Exception | str, code: int) -> int:
+    print(f"wus-ext {command}: error: {error}", file=sys.stderr)
+    return code
+
+
+def _train(given: dict[str, Any]) -> int:
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    if resume:
+        if out is None:
+            raise ConfigError("--resume needs --out, the folder of the run")
+        config = RunFolder(out).read_config().replace(**given)
+    else:
+        config = TrainConfig(**given)
+        out = out or Path("runs") / config.run_name()
+    config.validate()
+    progress = Progress()
+    try:
+        trainer = Trainer(config, out=out, resume=resume, progress=progress)
+        trainer.run()
+    except KeyboardInterrupt:
+        return _interrupted("train", out, "config.json")
+    last, best = trainer.history[-1], trainer.history[trainer.best_epoch - 1]
+    seconds = sum(record["train_seconds"] for record in trainer.history)
+    progress.say(
+        f"done: test accuracy {last['test_accuracy']:.2f} % after {last['epoch']} epochs, "
+        f"best epoch {best['epoch']} ({best['test_accuracy']:.2f} %), {seconds:.1f} s of training, "
+        f"all in {out}"
+    )
+    return 0
+
+
+def _compare(given: dict[str, Any]) -> int:
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    own = {
+        name: given.pop(name) for name in ("models", "methods", "seeds", "control") if name in given
+    }
+    own |= {name: tuple(own[name]) for name in ("models", "methods") if name in own}
+    if resume:
+        if out is None:
+            raise ConfigError("--resume needs --out, the folder of the comparison")
+        saved = read_compare(out)
+        config = dataclasses.replace(saved, base=saved.base.replace(**given), **own)
+    else:
+        config = CompareConfig(base=TrainConfig(**given), **own)
+        out = out or Path("runs") / f"compare-{config.base.dataset}"
+    config.validate()
+    try:
+        compare(config, out, resume=resume, say=lambda text: print(f"\n{text}", flush=True))
+    except KeyboardInterrupt:
+        return _interrupted("compare", out, "compare.json")
+    print(f"all in {out}: table.md, table.csv, plot.png")
+    return 0
+
+
+def _interrupted(command: str, out: str | Path, settings: str) -> int:
+    hint = "before training began"
+    if (Path(out).expanduser() / settings).exists():
+        hint = f"continue with: wus-ext {command} --resume --out {shlex.quote(str(out))}"
+    print(f"\ninterrupted; {hint}", file=sys.stderr)
+    return 130
+
+
+def _info(given: dict[str, Any]) -> int:
+    lines: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    note = ""
+    try:
+        lines |= {f"wus_ext {name}": value for name, value in build_info().items()}
+    except (ImportError, OSError, RuntimeError) as error:
+        note = f"the compiled extension is not available: {error}"
+    lines["cpu capability of torch"] = torch.backends.cpu.get_cpu_capability()
+    lines["threads"] = torch.get_num_threads()
+    gpus = range(torch.cuda.device_count())
+    lines["gpus"] = [torch.cuda.get_device_name(gpu) for gpu in gpus] or "none"
+    for name, value in lines.items():
+        if isinstance(value, list | tuple):
+            value = ", ".join(map(str, value)) or "none"
+        print(f"{name}: {value}")
+    if note:
+        print(note)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="wus-ext",
+        description="Train image classifiers with Weight Update Skipping (arXiv 2012.02792): while "
+        "the accuracy is flat, weights stay frozen, only biases train, and a step costs less.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,info}")
+
+    train = _add(
+        commands,
+        "train",
+        _train,
+        "train one network",
+        "Train one network. A run folder keeps config.json, metrics.jsonl, last.pt and best.pt "
+        "(best by validation accuracy, or by test accuracy without --validation).",
+        "example: wus-ext train --model vgg16 --dataset cifar10 --method wus --epochs 60",
+    )
+    _add_config(train, skip=())
+    _add_folder(
+        train,
+        "runs/MODEL-DATASET-METHOD-seedSEED",
+        "the run in --out after its last finished epoch",
+    )
+
+    comparison = _add(
+        commands,
+        "compare",
+        _compare,
+        "train networks with several methods and tabulate accuracy and time",
+        "Train the same networks, from the same weights and in the same data order, with each "
+        "method, and tabulate accuracy, time and skipped epochs. The methods take turns, an epoch "
+        "each; times are wall-clock times, so leave the machine alone. --schedule applies to all "
+        "methods alike: wus ignores drops of the learning rate, wus+lr reopens weight updates at "
+        "one. The baseline always runs.",
+        "example: wus-ext compare --models alexnet vgg11 --dataset cifar10 --seeds 3",
+    )
+    comparison.add_argument(
+        "--models", nargs="+", choices=MODELS, metavar="MODEL",
+        help=f"networks, of {', '.join(MODELS)} (default: vgg11)",
+    )  # fmt: skip
+    comparison.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD",
+        help=f"methods, of {', '.join(METHODS)} (default: all)",
+    )  # fmt: skip
+    comparison.add_argument(
+        "--seeds", type=int, metavar="N", help="runs of each, seeds 0 to N - 1 (default: 1)"
+    )
+    comparison.add_argument(
+        "--control",
+        action=argparse.BooleanOptionalAction,
+        help="also train the baseline for only the time that each method took: does skipping beat "
+        "training less? (default: yes)",
+    )
+    _add_config(comparison, skip=("model", "method", "seed"))
+    _add_folder(comparison, "runs/compare-DATASET", "the comparison in --out where it stopped")
+
+    _add(
+        commands,
+        "info",
+        _info,
+        "show versions, devices and how the extension was built",
+        "Show versions, devices and how the extension was built.",
+        None,
+    )
+    return parser
+
+
+def _add(
+    commands: Any,
+    name: str,
+    run: Callable[..., int],
+    summary: str,
+    description: str,
+    epilog: str | None,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        # What is not given stays absent, so that --resume can tell it from a contradiction.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, skip: Sequence[str]) -> None:
+    for title, names in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            if name not in skip:
+                _add_option(group, name)
+
+
+def _add_option(group: Any, name: str) -> None:
+    field = _FIELDS[name]
+    flag = f"--{name.replace('_', '-')}"
+    text = field.metadata["help"].replace("%", "%%")
+    if isinstance(field.default, bool):
+        shown = "yes" if field.default else "no"
+        group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, help=f"{text} (default: {shown})"
+        )
+        return
+    options: dict[str, Any] = {"type": field.metadata.get("type", type(field.default))}
+    shown = "all" if field.default is None else field.default
+    if isinstance(field.default, tuple):
+        options["nargs"] = "+"
+        shown = " ".join(map(str, field.default))
+    if "choices" in field.metadata:
+        options["choices"] = field.metadata["choices"]
+    else:
+        kinds = {int: "N", float: "X", str: "TEXT"}
+        options["metavar"] = "DIR" if name.endswith("_dir") else kinds[options["type"]]
+    group.add_argument(flag, help=f"{text} (default: {shown})", **options)
+
+
+def _add_folder(parser: argparse.ArgumentParser, default: str, where: str) -> None:
+    group = parser.add_argument_group("results")
+    group.add_argument("--out", metavar="DIR", help=f"folder for the results (default: {default})")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help=f"continue {where}; the settings need not be repeated",
+    )

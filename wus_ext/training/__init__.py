@@ -1,0 +1,32 @@
+"""Training runs, and comparisons of training methods, on small image sets.
+
+>>> from wus_ext.training import TrainConfig, train
+>>> config = TrainConfig(
+...     model="alexnet", dataset="digits", limit_train=20, limit_test=10, epochs=1, batch_size=10
+... )
+>>> history = train(config)
+>>> sorted(history[0])[:3]
+['epoch', 'eval_seconds', 'images_per_second']
+"""
+
+from .config import TrainConfig
+from .data import Data, load_data
+from .errors import ConfigError, DataError, MissingExtra, TrainingError
+from .progress import Progress
+from .splits import FileSplit, MemorySplit
+from .trainer import Trainer, train
+
+__all__ = [
+    "ConfigError",
+    "Data",
+    "DataError",
+    "FileSplit",
+    "MemorySplit",
+    "MissingExtra",
+    "Progress",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "load_data",
+    "train",
+]

@@ -1,0 +1,236 @@
+"""The paper's experiment: the same network, weights and data order under each method."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import write_atomic
+from .config import METHODS, RELOCATABLE, TrainConfig
+from .data import Data, load_data
+from .errors import ConfigError
+from .loop import train_epoch
+from .progress import Progress
+from .report import Run, write_report
+from .runfolder import RunFolder, is_free
+from .trainer import Trainer
+
+__all__ = ["CompareConfig", "compare"]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What to compare.
+
+    Args:
+        base: the settings that all runs share; its model, method and seed do not matter.
+        models: networks, see :data:`~wus_ext.training.config.MODELS`.
+        methods: any of ``baseline``, ``wus``, ``wus+lr``. The baseline always runs: everything is
+            measured against it.
+        seeds: runs of each, with the seeds 0, 1, ...
+        control: also train the baseline for only as long as each method took.
+    """
+
+    base: TrainConfig
+    models: tuple[str, ...] = ("vgg11",)
+    methods: tuple[str, ...] = METHODS
+    seeds: int = 1
+    control: bool = True
+
+    def validate(self) -> None:
+        """Check every setting of every run.
+
+        Raises:
+            ConfigError: naming the first setting that is wrong.
+        """
+        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
+            raise ConfigError(f"seeds must be at least 1, got {self.seeds!r}")
+        for name in ("models", "methods"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ConfigError(f"{name} must be one or more different names, got {list(values)}")
+        for model in self.models:
+            for method in self.methods:
+                self.base.replace(model=model, method=method).validate()
+
+    def ordered_methods(self) -> list[str]:
+        """The methods in the order of the table, the baseline first."""
+        return [name for name in METHODS if name in self.methods or name == "baseline"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        base = self.base.to_dict()
+        for name in ("model", "method", "seed"):
+            del base[name]
+        return {
+            "models": list(self.models),
+            "methods": self.ordered_methods(),
+            "seeds": self.seeds,
+            "control": self.control,
+            **base,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompareConfig:
+        """The inverse of :meth:`to_dict`."""
+        values = dict(values)
+        own = {name: values.pop(name) for name in ("models", "methods", "seeds", "control")}
+        own |= {name: tuple(own[name]) for name in ("models", "methods")}
+        return cls(base=TrainConfig.from_dict(values), **own)
+
+
+def compare(
+    config: CompareConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> list[Run]:
+    """Train every network with every method and write ``table.md``, ``table.csv``, ``plot.png``.
+
+    The methods of a network take turns, an epoch each, so that a machine that slows down does so
+    for all of them alike; times are wall-clock times. The controls run afterwards, for their
+    length depends on the others' times.
+
+    Args:
+        config: what to compare.
+        out: folder for the results; each run has its own folder inside.
+        resume: continue the comparison in ``out``; finished runs are not repeated.
+        say: receives the lines to print; ``None`` is silent.
+
+    Returns:
+        All runs, the controls included.
+
+    Raises:
+        ConfigError, DataError, MissingExtra, TrainingError: as :class:`Trainer`.
+    """
+    config.validate()
+    out = Path(out).expanduser()
+    _check(out, config, resume)
+    data = load_data(config.base)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    write_atomic(out / "compare.json", lambda file: file.write(text.encode()))
+    runs: list[Run] = []
+    for model in config.models:
+        for seed in range(config.seeds):
+            base = config.base.replace(model=model, seed=seed)
+            methods = {name: base.replace(method=name) for name in config.ordered_methods()}
+            histories = _train_in_turns(methods, out, data, verbose=say is not None)
+            runs += [Run(model, name, seed, history) for name, history in histories.items()]
+            if config.control:
+                runs += _controls(base, histories, out, data, verbose=say is not None)
+    table = write_report(runs, config.base, out)
+    if say:
+        say(table)
+    return runs
+
+
+def read_compare(out: str | Path) -> CompareConfig:
+    """The settings of the comparison in ``out``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(out).expanduser() / "compare.json"
+    if not path.is_file():
+        raise ConfigError(f"no comparison to resume in {path.parent}: it has no compare.json")
+    try:
+        return CompareConfig.from_dict(json.loads(path.read_text()))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable: {error}") from error
+
+
+def _check(out: Path, config: CompareConfig, resume: bool) -> None:
+    if not resume:
+        if not is_free(out):
+            raise ConfigError(
+                f"{out} is not empty: continue the comparison there with --resume, or choose "
+                "another --out"
+            )
+        return
+    saved, wanted = read_compare(out).to_dict(), config.to_dict()
+    differences = [
+        f"{name} is {saved[name]!r} there, {wanted[name]!r} here"
+        for name in wanted
+        if name not in RELOCATABLE and saved[name] != wanted[name]
+    ]
+    if differences:
+        raise ConfigError(f"cannot resume {out}: {'; '.join(differences)}")
+
+
+def _train_in_turns(
+    configs: dict[str, TrainConfig], out: Path, data: Data, *, verbose: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Train runs that have the same network and seed; returns their histories by name."""
+    folders = {
+        name: out / config.model / f"{name.replace('+', '-')}-seed{config.seed}"
+        for name, config in configs.items()
+    }
+    histories = {name: RunFolder(folder).history() for name, folder in folders.items()}
+    trainers = {}
+    for name, config in configs.items():
+        if len(histories[name]) < config.epochs:
+            label = f"{config.model} {name} seed {config.seed}"
+            trainers[name] = Trainer(
+                config,
+                out=folders[name],
+                resume=RunFolder(folders[name]).exists(),
+                data=data,
+                progress=Progress(label) if verbose else None,
+            )
+            histories[name] = trainers[name].history
+            _warm_up(trainers[name])
+    # A run that was interrupted ahead of the others waits for them.
+    while unfinished := [trainer for trainer in trainers.values() if not trainer.finished]:
+        min(unfinished, key=lambda trainer: len(trainer.history)).run_epoch()
+    trainers.clear()
+    gc.collect()
+    return histories
+
+
+def _warm_up(trainer: Trainer) -> None:
+    """Let libraries choose and compile their kernels, so that the first to train does not pay."""
+    model = copy.deepcopy(trainer.model)
+    config = trainer.config
+    batches = trainer.data.training_batches(config.batch_size, config.seed, 0, trainer.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batch = itertools.islice(batches, 1)
+    train_epoch(model, batch, optimizer, device=trainer.device, amp=config.amp)
+
+
+def _controls(
+    base: TrainConfig,
+    histories: dict[str, list[dict[str, Any]]],
+    out: Path,
+    data: Data,
+    *,
+    verbose: bool,
+) -> list[Run]:
+    """The baseline, given only each method's training time: what simply training less reaches."""
+    baseline = _seconds(histories["baseline"])
+    runs = []
+    for name, history in histories.items():
+        if name == "baseline":
+            continue
+        epochs = max(1, min(base.epochs, round(base.epochs * _seconds(history) / baseline)))
+        if epochs == base.epochs:
+            control = histories["baseline"]
+        else:
+            config = base.replace(method="baseline", epochs=epochs)
+            label = f"baseline-{epochs}-epochs"
+            control = _train_in_turns({label: config}, out, data, verbose=verbose)[label]
+        runs.append(Run(base.model, f"baseline in the time of {name}", base.seed, control))
+    return runs
+
+
+def _seconds(history: Sequence[dict[str, Any]]) -> float:
+    return sum(record["train_seconds"] for record in history)

@@ -1,0 +1,224 @@
+"""What a training run is: one dataclass, from which the command line is generated as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..policy import Settings
+from .errors import ConfigError
+
+__all__ = ["DATASETS", "METHODS", "MODELS", "TrainConfig"]
+
+MODELS = ("alexnet", "vgg11", "vgg11_bn", "vgg16", "vgg16_bn", "resnet18")
+DATASETS = ("digits", "cifar10", "cifar100", "folder")
+METHODS = ("baseline", "wus", "wus+lr")
+SCHEDULES = ("constant", "cosine", "step")
+AMP = ("off", "bf16", "fp16")
+WATCH = ("train", "validation")
+
+_POLICY = Settings()
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A field with the text (and, where the default does not tell it, the type) for ``--help``."""
+    return dataclasses.field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the result of a training run.
+
+    ``wus-ext train --help`` documents each field. :meth:`validate` checks all of them; building a
+    :class:`~wus_ext.training.Trainer` calls it.
+
+    >>> TrainConfig(model="vgg11", dataset="digits", method="wus").validate()
+    >>> TrainConfig(epochs=-1).validate()
+    Traceback (most recent call last):
+    wus_ext.training.errors.ConfigError: epochs must be at least 1, got -1
+    """
+
+    model: str = option("vgg11", "network, in its form for 32x32 images", choices=MODELS)
+    dataset: str = option(
+        "digits",
+        "images: digits (bundled with scikit-learn), cifar10 and cifar100 (downloaded), or folder "
+        "(your own train/<class>/*, test/<class>/*)",
+        choices=DATASETS,
+    )
+    method: str = option(
+        "wus",
+        "baseline: stock PyTorch layers; wus: Weight Update Skipping; wus+lr: the same, but a drop "
+        "of the learning rate reopens weight updates",
+        choices=METHODS,
+    )
+
+    epochs: int = option(30, "passes over the training images")
+    batch_size: int = option(128, "images per step; an incomplete last batch is left out")
+    lr: float = option(0.01, "initial learning rate of SGD")
+    momentum: float = option(0.9, "momentum of SGD, in [0, 1)")
+    weight_decay: float = option(5e-4, "L2 penalty of SGD")
+    schedule: str = option(
+        "cosine",
+        "learning rate by epoch, for every method: constant, cosine (to zero), or step (times "
+        "--gamma at each of --milestones)",
+        choices=SCHEDULES,
+    )
+    gamma: float = option(0.1, "factor of --schedule step, in (0, 1)")
+    milestones: tuple[float, ...] = option(
+        (0.5, 0.75), "where --schedule step drops, in fractions of the epochs", type=float
+    )
+    amp: str = option("off", "automatic mixed precision", choices=AMP)
+    channels_last: bool = option(True, "keep weights and activations in channels-last memory")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is a GPU")
+    seed: int = option(0, "seed of initial weights, order, augmentation and dropout")
+
+    watch: str = option(
+        "train",
+        "accuracy that the policy watches: train (of the epoch's own steps, free) or validation "
+        "(needs --validation)",
+        choices=WATCH,
+    )
+    threshold: float = option(
+        _POLICY.threshold, "variation in percentage points below which the accuracy is flat"
+    )
+    patience: int = option(_POLICY.patience, "variation is that of the last patience + 1 epochs")
+    max_window: int = option(_POLICY.max_window, "longest skip window, in epochs")
+    warmup: int = option(_POLICY.warmup, "epochs before the first skip window may open")
+    min_open: int = option(_POLICY.min_open, "epochs that weights train between two windows")
+    lr_drop: float = option(0.5, "wus+lr: ratio of learning rates that counts as a drop, in (0, 1)")
+
+    data_dir: str = option(
+        "data", "where the dataset is, or is downloaded to; for folder: the folder of train, test"
+    )
+    download: bool = option(True, "fetch a dataset that is not in --data-dir (cifar10, cifar100)")
+    limit_train: int | None = option(
+        None, "use this many training images, class-balanced, the same for every --seed", type=int
+    )
+    limit_test: int | None = option(
+        None, "use this many test images, class-balanced, the same for every --seed", type=int
+    )
+    validation: float = option(
+        0.0, "fraction of the training images held out for validation, class-balanced"
+    )
+    memory_budget: float = option(
+        2.0, "GiB of images to hold in memory; a larger folder is read from disk on the way"
+    )
+    workers: int = option(2, "processes that read images from disk, where they are not in memory")
+
+    def validate(self) -> None:
+        """Check every setting.
+
+        Raises:
+            ConfigError: naming the first setting that is wrong, its value and what is wanted.
+        """
+        for name in ("model", "dataset", "method", "schedule", "amp", "watch"):
+            _one_of(name, getattr(self, name), _FIELDS[name].metadata["choices"])
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
+            _integer(name, getattr(self, name), least)
+        for name in ("limit_train", "limit_test"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        _number("lr", self.lr, "positive", lambda x: x > 0)
+        _number("momentum", self.momentum, "in [0, 1)", lambda x: 0 <= x < 1)
+        _number("weight_decay", self.weight_decay, "at least 0", lambda x: x >= 0)
+        _number("gamma", self.gamma, "in (0, 1)", lambda x: 0 < x < 1)
+        _number("validation", self.validation, "in [0, 1)", lambda x: 0 <= x < 1)
+        _number("memory_budget", self.memory_budget, "at least 0", lambda x: x >= 0)
+        _number("lr_drop", self.lr_drop, "in (0, 1)", lambda x: 0 < x < 1)
+        for milestone in self.milestones:
+            _number("milestones", milestone, "fractions in (0, 1)", lambda x: 0 < x < 1)
+        try:
+            Settings(**self.policy_settings())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        if self.watch == "validation" and self.validation == 0:
+            raise ConfigError("watch='validation' needs a validation fraction above 0")
+        if self.method == "wus+lr" and self.schedule == "constant":
+            raise ConfigError("method 'wus+lr' needs the schedule 'cosine' or 'step', or use 'wus'")
+        self.torch_device()
+
+    def policy_settings(self) -> dict[str, Any]:
+        """The settings of :class:`wus_ext.WUS`."""
+        names = [field.name for field in dataclasses.fields(Settings)]
+        return {name: getattr(self, name) for name in names}
+
+    def torch_device(self) -> torch.device:
+        """The device that ``device`` means here.
+
+        Raises:
+            ConfigError: it is no device, or not present.
+        """
+        cuda = torch.cuda.is_available()
+        try:
+            device = torch.device(
+                ("cuda" if cuda else "cpu") if self.device == "auto" else self.device
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {self.device!r} is not present: use cpu or auto")
+        return device
+
+    def run_name(self) -> str:
+        """The default name of the run's folder."""
+        return f"{self.model}-{self.dataset}-{self.method.replace('+', '-')}-seed{self.seed}"
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: a name is no setting.
+        """
+        unknown = sorted(set(values) - set(_FIELDS))
+        if unknown:
+            raise ConfigError(f"unknown setting: {', '.join(unknown)}")
+        values = dict(values)
+        if "milestones" in values:
+            values["milestones"] = tuple(values["milestones"])
+        return cls(**values)
+
+    def data_path(self) -> Path:
+        """``data_dir`` as a path."""
+        return Path(self.data_dir).expanduser()
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+# Where things are, not what is computed: a run may resume with others.
+RELOCATABLE = frozenset({"data_dir", "download", "memory_budget", "workers", "device"})
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _number(name: str, value: Any, wanted: str, good: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or not good(value):
+        raise ConfigError(f"{name} must be {wanted}, got {value}")

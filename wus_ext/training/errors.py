@@ -1,0 +1,42 @@
+"""What can go wrong in a training run, and the module to import it from when it does."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["ConfigError", "DataError", "MissingExtra", "TrainingError", "require"]
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot be trained with."""
+
+
+class DataError(ValueError):
+    """A dataset that is missing, incomplete or unreadable."""
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong: the loss is no longer a finite number."""
+
+
+class MissingExtra(ImportError):
+    """An optional dependency that this feature needs is not installed."""
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Args:
+        module: dotted name of the module to import.
+        purpose: what it is needed for, as the subject of a sentence ("the digits dataset").
+
+    Raises:
+        MissingExtra: naming the module, the purpose and the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{purpose} needs {module.partition('.')[0]}: pip install 'wus_ext[train]' ({error})"
+        ) from error

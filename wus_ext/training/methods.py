@@ -1,0 +1,64 @@
+"""The methods to compare: which layers a network has, and who decides when to skip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from .. import models
+from ..policy import WUS, WUSLR
+from ..skip import convert, revert
+from .config import TrainConfig
+
+__all__ = ["build_model", "build_policy", "build_scheduler"]
+
+
+def build_model(
+    config: TrainConfig, classes: int, build: Callable[[int], nn.Module] | None = None
+) -> nn.Module:
+    """The network of ``config`` with random weights, converted to skip or, for the baseline, not.
+
+    Args:
+        config: names the network and the method.
+        classes: number of outputs.
+        build: makes the network instead, given ``classes``.
+    """
+    if build is not None:
+        model = build(classes)
+    else:
+        name, _, suffix = config.model.partition("_")
+        options = {"batch_norm": True} if suffix == "bn" else {}
+        model = getattr(models, name)(num_classes=classes, **options)
+    if config.method == "baseline":
+        return revert(model)
+    return convert(model)
+
+
+def build_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer
+) -> lr_scheduler.LRScheduler | None:
+    """The scheduler of ``config``, to be stepped once an epoch; ``None`` for a constant rate."""
+    if config.schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
+    if config.schedule == "step":
+        milestones = sorted({max(1, round(part * config.epochs)) for part in config.milestones})
+        return lr_scheduler.MultiStepLR(optimizer, milestones, gamma=config.gamma)
+    return None
+
+
+def build_policy(
+    config: TrainConfig, model: nn.Module, scheduler: lr_scheduler.LRScheduler | None
+) -> Any:
+    """The :class:`wus_ext.WUS` or :class:`wus_ext.WUSLR` of ``config``; ``None`` for the baseline.
+
+    ``WUSLR`` steps the scheduler itself.
+    """
+    if config.method == "wus":
+        return WUS(model, **config.policy_settings())
+    if config.method == "wus+lr":
+        return WUSLR(model, scheduler, lr_drop=config.lr_drop, **config.policy_settings())
+    return None

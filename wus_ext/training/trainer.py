@@ -1,0 +1,233 @@
+"""A training run: network, optimizer, schedule, policy and their state on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+from .data import Data, load_data
+from .errors import DataError, TrainingError
+from .loop import evaluate, train_epoch
+from .methods import build_model, build_policy, build_scheduler
+from .progress import Progress
+from .runfolder import RunFolder
+from .seeding import mix
+
+__all__ = ["Trainer", "train"]
+
+_FORMAT = 1
+
+
+class Trainer:
+    """Trains one network with one method, an epoch at a time.
+
+    All randomness of an epoch derives from the seed and the epoch's number, so a resumed run ends
+    with the same weights as an uninterrupted one, bit for bit (same machine, same thread count).
+    The global seed of torch is set at construction and at each epoch.
+
+    Args:
+        config: the settings.
+        out: folder of the run; ``None`` keeps nothing on disk.
+        resume: continue the run in ``out`` after its last finished epoch.
+        data: the images, instead of loading those of ``config``.
+        build: makes the network from the number of classes, instead of ``config.model``.
+        progress: prints bars and lines; ``None`` is silent.
+
+    Attributes:
+        history: one record (a dict) per finished epoch, as in ``metrics.jsonl``.
+        model, optimizer, scheduler, policy: what is trained, with what; the last two may be None.
+
+    Raises:
+        ConfigError: a setting is wrong, or contradicts the run in ``out``.
+        DataError: the dataset or the checkpoint is not usable.
+        MissingExtra: the dataset needs a package that is not installed.
+
+    >>> config = TrainConfig(
+    ...     model="alexnet", limit_train=20, limit_test=10, epochs=1, batch_size=10
+    ... )
+    >>> trainer = Trainer(config)
+    >>> record = trainer.run_epoch()
+    >>> record["epoch"], record["skipped"], trainer.finished
+    (1, False, True)
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        data: Data | None = None,
+        build: Callable[[int], nn.Module] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        config.validate()
+        self.config, self.progress = config, progress
+        self.device = config.torch_device()
+        self.folder = RunFolder(out) if out is not None else None
+        if self.folder:
+            self.folder.check(config, resume=resume)
+        self.data = data or load_data(config)
+
+        torch.manual_seed(mix(config.seed, "weights"))
+        self.model = build_model(config, len(self.data.classes), build).to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.scheduler = build_scheduler(config, self.optimizer)
+        self.policy = build_policy(config, self.model, self.scheduler)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch = 0
+
+        if self.folder:
+            self.folder.create(config)
+            state = self.folder.restore()
+            if state:
+                self._load_state_dict(state)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return len(self.history) >= self.config.epochs
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train the epochs that are left; returns :attr:`history`."""
+        while not self.finished:
+            self.run_epoch()
+        return self.history
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Train, evaluate and store one epoch; returns its record.
+
+        Raises:
+            TrainingError: the loss is no longer finite. The run's files keep the epoch before.
+        """
+        config, data = self.config, self.data
+        epoch = len(self.history) + 1
+        skipped = self.policy is not None and self.policy.skipping
+        rate = self.optimizer.param_groups[0]["lr"]
+        torch.manual_seed(mix(config.seed, "epoch", epoch))
+        on_step = None
+        if self.progress:
+            steps = data.steps(config.batch_size)
+            on_step = self.progress.begin(epoch, config.epochs, steps, skipped)
+        try:
+            training = train_epoch(
+                self.model,
+                data.training_batches(config.batch_size, config.seed, epoch, self.device),
+                self.optimizer,
+                device=self.device,
+                amp=config.amp,
+                scaler=self.scaler,
+                on_step=on_step,
+            )
+        finally:
+            if self.progress:
+                self.progress.close()
+        if not math.isfinite(training.loss):
+            raise TrainingError(self._diverged(epoch, rate))
+
+        validation = self._evaluate(data.validation) if data.validation else None
+        test = self._evaluate(data.test)
+        watched = validation if config.watch == "validation" else training
+        self._decide(watched.accuracy)
+        record = {
+            "epoch": epoch,
+            "lr": rate,
+            "skipped": skipped,
+            "train_loss": training.loss,
+            "train_accuracy": training.accuracy,
+            "validation_loss": validation.loss if validation else None,
+            "validation_accuracy": validation.accuracy if validation else None,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
+            "train_seconds": training.seconds,
+            "eval_seconds": test.seconds + (validation.seconds if validation else 0.0),
+            "images_per_second": training.images / training.seconds,
+            "step_seconds": training.step_seconds,
+        }
+        self._store(record)
+        if self.progress:
+            self.progress.end(record, config.epochs)
+        return record
+
+    def _evaluate(self, split: Any) -> Any:
+        batches = self.data.evaluation_batches(split, self.config.batch_size)
+        return evaluate(self.model, batches, device=self.device, amp=self.config.amp)
+
+    def _decide(self, accuracy: float) -> None:
+        if self.policy is not None:
+            self.policy.step(accuracy)
+        # WUSLR has stepped the scheduler already.
+        if self.scheduler is not None and self.config.method != "wus+lr":
+            self.scheduler.step()
+
+    def _store(self, record: dict[str, Any]) -> None:
+        # Held-out images choose the best epoch; without a validation part that is the test part.
+        watched = "test" if record["validation_accuracy"] is None else "validation"
+        key = f"{watched}_accuracy"
+        self.history.append(record)
+        best = not self.best_epoch or record[key] > self.history[self.best_epoch - 1][key]
+        if best:
+            self.best_epoch = record["epoch"]
+        if self.folder:
+            self.folder.save(self.state_dict(), record, best=best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on, as tensors and plain values."""
+        return {
+            "format": _FORMAT,
+            "config": self.config.to_dict(),
+            "epoch": len(self.history),
+            "best_epoch": self.best_epoch,
+            "train_seconds": sum(record["train_seconds"] for record in self.history),
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "policy": self.policy.state_dict() if self.policy else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("format") != _FORMAT:
+            raise DataError(f"{self.folder.last} has format {state.get('format')}, not {_FORMAT}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.policy:
+            self.policy.load_state_dict(state["policy"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history, self.best_epoch = state["history"], state["best_epoch"]
+
+    def _diverged(self, epoch: int, rate: float) -> str:
+        kept = f"; {self.folder.last} keeps epoch {epoch - 1}" if self.folder and epoch > 1 else ""
+        return (
+            f"the training loss of {self.config.model} ({self.config.method}) became infinite or "
+            f"NaN in epoch {epoch}: use a lower --lr (it was {rate:.4g}){kept}"
+        )
+
+
+def train(config: TrainConfig, **options: Any) -> list[dict[str, Any]]:
+    """Train as ``config`` says and return one record per epoch; options are :class:`Trainer`'s.
+
+    >>> config = TrainConfig(
+    ...     model="alexnet", limit_train=20, limit_test=10, epochs=2, batch_size=10
+    ... )
+    >>> [record["epoch"] for record in train(config)]
+    [1, 2]
+    """
+    return Trainer(config, **options).run()
