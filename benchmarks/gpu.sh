@@ -41,9 +41,11 @@ complete_toolkit() {
   toolkit=$PWD/$LOGS/toolkit
   rm -rf "$toolkit"
   mkdir -p "$toolkit/include"
-  find "$packages"/*/include -mindepth 1 -maxdepth 1 -exec ln -sf -t "$toolkit/include" {} +
-  ln -sf "$home"/include/* "$toolkit/include"
   find "$home" -mindepth 1 -maxdepth 1 ! -name include -exec ln -s -t "$toolkit" {} +
+  ln -s "$home"/include/* "$toolkit/include"
+  # The toolkit's own headers come first: a name that is there already is left as it is.
+  find "$packages"/*/include -mindepth 1 -maxdepth 1 -exec ln -s -t "$toolkit/include" {} + 2>&1 |
+    grep -v 'File exists'
   export CUDA_HOME=$toolkit
   echo "$home lacks headers that torch needs: completed in $toolkit"
 }
@@ -58,7 +60,7 @@ part_build() {
   local status=$?
   ((status == 0)) || tail -n 40 "$LOGS/build.log"
   "$PYTHON" -c 'import wus_ext; print(wus_ext.build_info())' || status=1
-  return $status
+  return "$status"
 }
 
 part_test() {
@@ -80,7 +82,7 @@ part_sanitize() {
   echo "racecheck:"
   limit 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
     "${check[@]}" -k "(mask_bias_grad or pool_is_stock) and float32 and not True" || status=1
-  return $status
+  return "$status"
 }
 
 part_kernels() {
@@ -122,7 +124,7 @@ run_part() {
       printf '```\n'
     fi
   } >"$LOGS/$part.md"
-  return $status
+  return "$status"
 }
 
 device_name() {
@@ -157,4 +159,4 @@ report=$RESULTS/$(echo "$name" | tr 'A-Z ' 'a-z-').md
 } >"$report"
 echo "report: $report"
 ((${#failed[@]})) && echo "failed: ${failed[*]}"
-exit ${#failed[@]}
+exit "${#failed[@]}"
