@@ -17,6 +17,7 @@ DEVICE=${DEVICE:-cuda}
 RESULTS=${RESULTS:-benchmarks/results}
 DEADLINE=${DEADLINE:-570}
 LOGS=build/gpu
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PATH=$PATH:/usr/local/cuda/bin
 mkdir -p "$LOGS" "$RESULTS"
 
 # limit SECONDS COMMAND...: within the part's own limit and what is left of the whole.
