@@ -74,7 +74,8 @@ def find_cuda():
         for home in dict.fromkeys(toolkits()):
             problem = why_unusable(home)
             if problem is None:
-                print(f"wus_ext: building for CPU and CUDA with {home}")
+                passed_over = f" (not {'; '.join(problems)})" if problems else ""
+                print(f"wus_ext: building for CPU and CUDA with {home}{passed_over}")
                 return home
             problems.append(f"{home}: {problem}")
     reason = "; ".join(problems)
