@@ -54,7 +54,10 @@ def why_unusable(home):
     for header in ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h"):
         if not (home / "include" / header).exists():
             return f"no {header}"
-    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    try:
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return "nvcc does not run"
     release = re.search(r"release (\d+)\.", printed)
     if release is None:
         return "nvcc does not run"
@@ -137,5 +140,6 @@ def extension():
     return [module], {"build_ext": BuildExtension}
 
 
-modules, commands = extension()
-setup(ext_modules=modules, cmdclass=commands)
+if __name__ == "__main__":
+    modules, commands = extension()
+    setup(ext_modules=modules, cmdclass=commands)

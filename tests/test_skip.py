@@ -305,6 +305,14 @@ def test_parts_called_directly():
         assert "up.bias" in with_gradient(model)
 
 
+def test_one_layer_may_be_told_to_train():
+    model = net()
+    wus_ext.set_skip(model, True)
+    model.head.skip_wgrad = False
+    backward(model)
+    assert with_gradient(model) == BIASES | {"head.weight"}
+
+
 def test_skip_gamma_false_trains_the_scale():
     model = net(skip_gamma=False)
     with wus_ext.skip_weight_updates(model):

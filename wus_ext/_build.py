@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from typing import Any
 
@@ -14,7 +15,7 @@ _REBUILD = "rebuild it with: pip install --no-build-isolation --force-reinstall 
 
 def _load() -> Any:
     try:
-        from . import _C
+        _C = importlib.import_module(f"{__package__}._C")
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}._C":
             raise

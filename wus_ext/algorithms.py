@@ -155,6 +155,8 @@ class Winograd:
         return self._deconvolve(grad, None, PLAIN)[0]
 
     def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
+        if act == Act.RELU:
+            mask = mask.view(z.size(0), *self.output_size, -1)
         return self._deconvolve(grad, mask, NORM_PROLOGUES[act], z, torch.stack(coefficients))[0]
 
     def _convolve(self, input: Tensor, bias: Tensor | None, epilogue: int) -> tuple[Tensor, Tensor]:

@@ -326,8 +326,8 @@ class FrozenProduct:
         def pack() -> tuple[Tensor, Tensor]:
             rows = input.size(0)
             return (
-                reorder(weight.contiguous().to_mkldnn(), rows),
-                reorder(weight.t().contiguous().to_mkldnn(), rows),
+                reorder(weight.contiguous(), rows),
+                reorder(weight.t().contiguous(), rows),
             )
 
         return cls(weight, packed.get(key, (linear.weight,), pack))

@@ -166,6 +166,12 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 class _Tracer(fx.Tracer):
     traced_func_name = "_forward_of_one_tensor"
+    proxy_buffer_attributes = True
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            raise NotImplementedError("forward makes a tensor that tracing would take for constant")
+        return super().create_arg(a)
 
     def is_leaf_module(self, module: nn.Module, qualname: str) -> bool:
         return (

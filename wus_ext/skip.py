@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .nn import DROP_INS, SkipLayer, is_bias
+from .options import SkipOptions
 from .program import ProgramCache
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +54,7 @@ class SkipModule(SkipLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.skip_wgrad:
             return super().forward(*args, **kwargs)
-        with _detached(list(_uncovered(self))):
+        with _detached(self):
             return super().forward(*args, **kwargs)
 
     # The class is made at run time: copy and pickle the class that it was made from.
@@ -74,15 +75,23 @@ class SkipModule(SkipLayer):
 class SkipModel(SkipModule):
     """Mixin of a converted model's root: runs the full program or the skip program."""
 
+    #: None in what a model makes of its own class, a slice of a Sequential for one.
+    _skip_programs: ProgramCache | None = None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self.__dict__["_skip_programs"]
+        cache = self._skip_programs
+        if cache is None:
+            return super().forward(*args, **kwargs)
         if not self.skip_wgrad:
             cache.end_window()
             return super().forward(*args, **kwargs)
-        program = cache.program(self, _stock_class(type(self)).forward, args, kwargs)
+        program = None
+        # torch.func.functional_call puts plain tensors in, which a traced program would keep.
+        if all(isinstance(parameter, nn.Parameter) for parameter in self.parameters()):
+            program = cache.program(self, _stock_class(type(self)).forward, args, kwargs)
         if program is None:
             return super().forward(*args, **kwargs)
-        with _detached(list(_uncovered(self))):
+        with _detached(self):
             return program(self, *args)
 
 
@@ -298,7 +307,7 @@ def set_skip(model: nn.Module, skip: bool) -> None:
             parameter.grad = None
     for layer in layers:
         _set_flag(layer, skip)
-        if isinstance(layer, SkipModel) and not skip:
+        if isinstance(layer, SkipModel) and layer._skip_programs is not None and not skip:
             layer._skip_programs.end_window()
 
 
@@ -353,7 +362,7 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(
         module._skip_programs.packed.nbytes()
         for module in model.modules()
-        if isinstance(module, SkipModel)
+        if isinstance(module, SkipModel) and module._skip_programs is not None
     )
 
 
@@ -421,15 +430,16 @@ def _skipped_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(module, SkipLayer):
             yield from module.skipped_parameters()
         if isinstance(module, SkipModule):
-            for owner, name in _uncovered(module):
+            for owner, name in _weights(module):
                 yield owner._parameters[name]
 
 
-def _uncovered(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
-    """Skipped parameters that no drop-in layer looks after, as (owner, name)."""
+def _weights(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
+    """Skipped parameters of `root` and all inside, as (owner, name).
+
+    Those of drop-in layers too: a model may use a layer's weight without calling the layer.
+    """
     for path, module in root.named_modules():
-        if isinstance(module, SkipLayer) and not isinstance(module, SkipModule):
-            continue
         if isinstance(module, NORMS) and not root.skip_gamma:
             continue
         if _is_parametrized_bias(path):
@@ -440,9 +450,13 @@ def _uncovered(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def _detached(parameters: list[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Swaps parameters for detached ones, which share their storage."""
-    originals = [(owner, name, owner._parameters[name]) for owner, name in parameters]
+def _detached(root: SkipModule) -> Iterator[None]:
+    """Swaps weights for detached ones, which share their storage."""
+    originals = [
+        (owner, name, owner._parameters[name])
+        for owner, name in _weights(root)
+        if getattr(owner, "skip_wgrad", True)  # a layer may be told to train all the same
+    ]
     try:
         for owner, name, parameter in originals:
             _assign(owner, name, parameter.detach())

@@ -1,0 +1,148 @@
+"""The build's search for a CUDA toolkit, and what a wrong or missing build says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import wus_ext
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(wus_ext.__file__).parent
+HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
+
+
+def imported_from(folder: Path) -> subprocess.CompletedProcess:
+    """`import wus_ext` from a folder, in a Python of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", "import wus_ext"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def copied(folder: Path, extension: str | None) -> subprocess.CompletedProcess:
+    shutil.copytree(
+        PACKAGE, folder / "wus_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    if extension is not None:
+        (folder / "wus_ext" / "_C.py").write_text(extension)
+    return imported_from(folder)
+
+
+@pytest.mark.parametrize(
+    ("extension", "message"),
+    [
+        (None, "wus_ext is not built for this Python; rebuild it with: pip install"),
+        (
+            "def build_info(): return {'torch': '1.2.3+cu1'}",
+            f"built for torch 1.2.3+cu1, but torch {torch.__version__} is installed; rebuild",
+        ),
+        (
+            "raise ImportError('undefined symbol: _ZN2at')",
+            f"built for another torch than the installed {torch.__version__} (undefined symbol",
+        ),
+    ],
+    ids=["missing", "other_version", "undefined_symbol"],
+)
+def test_an_unusable_extension_is_one_sentence(tmp_path, extension, message):
+    result = copied(tmp_path, extension)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert message in last
+
+
+def test_build_info():
+    info = wus_ext.build_info()
+    assert set(info) == {"version", "python", "torch", "cuda", "cuda_archs", "cpu_capability"}
+    assert info["version"] == wus_ext.__version__
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, on a torch built with CUDA 13.2 and with nothing in the environment."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "FORCE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    spec = importlib.util.spec_from_file_location("wus_ext_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toolkit(home: Path, release: str = "13.2", without: str = "") -> Path:
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    for header in HEADERS:
+        if header != without:
+            (home / "include" / header).touch()
+    return home
+
+
+def test_a_complete_toolkit_is_used(build, tmp_path, monkeypatch, capsys):
+    home = toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert build.find_cuda() == home
+    assert f"building for CPU and CUDA with {home}" in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_CPU", "1")
+    assert build.find_cuda() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        *[({"without": header}, f"no {header}") for header in HEADERS],
+        ({"release": "12.8"}, "nvcc is CUDA 12, torch was built with 13.2"),
+        ({"release": "?"}, "nvcc does not run"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_incomplete_toolkit_counts_as_none(
+    build, tmp_path, monkeypatch, capsys, options, reason
+):
+    home = toolkit(tmp_path / "cuda", **options)
+    monkeypatch.setattr(build, "toolkits", lambda: iter([tmp_path / "empty", home]))
+    assert build.find_cuda() is None
+    printed = capsys.readouterr().out
+    assert "building for CPU only" in printed
+    assert f"{tmp_path / 'empty'}: no nvcc; {home}: {reason}" in printed
+
+
+def test_force_cuda_without_a_toolkit_names_what_to_install(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.setattr(build, "toolkits", lambda: iter([tmp_path]))
+    with pytest.raises(SystemExit) as left:
+        build.find_cuda()
+    assert "\n" not in left.value.code
+    assert f"no usable CUDA toolkit was found ({tmp_path}: no nvcc)" in left.value.code
+    assert 'pip install "cuda-toolkit[nvcc,cccl,cudart]==13.2' in left.value.code
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit, match="this torch has no CUDA"):
+        build.find_cuda()
+
+
+def test_the_environment_comes_first(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "path"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    homes = list(build.toolkits())
+    assert homes[:2] == [tmp_path / "home", tmp_path / "path"]
+    assert homes[-1].parts[-2:] == ("nvidia", "cu13")
+
+
+def test_a_toolkit_that_cannot_be_run_is_a_reason(build, tmp_path):
+    home = toolkit(tmp_path / "cuda")
+    (home / "bin" / "nvcc").chmod(0o644)
+    assert build.why_unusable(home) == "nvcc does not run"
