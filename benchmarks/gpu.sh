@@ -79,7 +79,7 @@ part_sanitize() {
   local check=("$PYTHON" -m pytest -q -x -p no:cacheprovider tests/cuda/test_elementwise.py)
   echo "memcheck:"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limit 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "${check[@]}" -k "not many_rows" || status=1
+    "${check[@]}" -k "not many_rows and not bfloat16" || status=1
   echo "racecheck:"
   limit 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
     "${check[@]}" -k "(mask_bias_grad or pool_is_stock) and float32 and not True" || status=1
