@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
+import wus_ext
 from wus_ext import policy as policy_module
 from wus_ext.policy import WUS, WUSLR, Phase, Settings, decide
 
@@ -46,7 +47,7 @@ def marks(decisions):
 FLAT = [60.0] * 16
 CADENCE = {
     "rising accuracy never skips": (
-        dict(warmup=0),
+        {"warmup": 0},
         [10, 20, 30, 40, 50, 60, 70, 80],
         "........",
     ),
@@ -55,73 +56,79 @@ CADENCE = {
         FLAT,
         "....SSS.SSS.SSS.",
     ),
-    "no window before patience + 1 epochs": (dict(warmup=0, patience=4), FLAT[:7], "....SSS"),
-    "warm-up 0, patience 1": (dict(warmup=0, patience=1), FLAT[:6], ".SSS.S"),
-    "warm-up longer than patience": (dict(warmup=7, patience=1), FLAT[:9], "......SSS"),
+    "no window before patience + 1 epochs": ({"warmup": 0, "patience": 4}, FLAT[:7], "....SSS"),
+    "warm-up 0, patience 1": ({"warmup": 0, "patience": 1}, FLAT[:6], ".SSS.S"),
+    "warm-up longer than patience": ({"warmup": 7, "patience": 1}, FLAT[:9], "......SSS"),
     "warm-up accuracies count": (
-        dict(warmup=4, patience=2),
+        {"warmup": 4, "patience": 2},
         [10, 60, 60, 60],
         "...S",
     ),
-    "windows of 1": (dict(warmup=0, patience=1, max_window=1), FLAT[:7], ".S.S.S."),
-    "windows of 5": (dict(warmup=0, patience=1, max_window=5), FLAT[:9], ".SSSSS.SS"),
-    "min_open 3": (dict(warmup=0, patience=1, max_window=2, min_open=3), FLAT[:11], "..SS...SS.."),
+    "windows of 1": ({"warmup": 0, "patience": 1, "max_window": 1}, FLAT[:7], ".S.S.S."),
+    "windows of 5": ({"warmup": 0, "patience": 1, "max_window": 5}, FLAT[:9], ".SSSSS.SS"),
+    "min_open 3": (
+        {"warmup": 0, "patience": 1, "max_window": 2, "min_open": 3},
+        FLAT[:11],
+        "..SS...SS..",
+    ),
     "variation at the threshold is not flat": (
-        dict(warmup=0, patience=1, threshold=1.0),
+        {"warmup": 0, "patience": 1, "threshold": 1.0},
         [50, 51, 50, 49, 50],
         ".....",
     ),
     "variation just below the threshold is flat": (
-        dict(warmup=0, patience=1, threshold=1.0),
+        {"warmup": 0, "patience": 1, "threshold": 1.0},
         [50, 50.75, 50, 49.25],
         ".SSS",
     ),
     "variation is the range, not the last difference": (
-        dict(warmup=0, patience=2, threshold=1.0),
+        {"warmup": 0, "patience": 2, "threshold": 1.0},
         [50, 50.75, 51.5, 52.25, 53],
         ".....",
     ),
-    "a fall is variation, too": (dict(warmup=0, patience=1), [60, 60, 50, 50], ".S.S"),
+    "a fall is variation, too": ({"warmup": 0, "patience": 1}, [60, 60, 50, 50], ".S.S"),
     "early close on growing variation; it stays in view for patience epochs": (
-        dict(warmup=0, patience=2),
+        {"warmup": 0, "patience": 2},
         [60, 60, 60, 60, 65, 65, 65, 65],
         "..SS..SS",
     ),
     "early close in the first epoch of a window": (
-        dict(warmup=0, patience=1),
+        {"warmup": 0, "patience": 1},
         [60, 60, 65, 65, 65],
         ".S.SS",
     ),
     "early close, then min_open epochs though flat again": (
-        dict(warmup=0, patience=1, min_open=3),
+        {"warmup": 0, "patience": 1, "min_open": 3},
         [60, 60, 60, 65, 65, 65, 65, 65],
         "..S...SS",
     ),
     "no early close at max_window's end reopens at once": (
-        dict(warmup=0, patience=1, max_window=2),
+        {"warmup": 0, "patience": 1, "max_window": 2},
         [60, 60, 60, 60, 60, 60],
         ".SS.SS",
     ),
     "an open epoch that helps keeps weights training": (
-        dict(warmup=0, patience=1, max_window=2),
+        {"warmup": 0, "patience": 1, "max_window": 2},
         [60, 60, 60, 60, 64, 66, 66.5, 66.5],
         ".SS...SS",
     ),
-    "threshold 0 never opens": (dict(warmup=0, patience=1, threshold=0), FLAT, "." * 16),
+    "threshold 0 never opens": ({"warmup": 0, "patience": 1, "threshold": 0}, FLAT, "." * 16),
     "threshold 100 opens always": (
-        dict(warmup=0, patience=1, threshold=100, max_window=2),
+        {"warmup": 0, "patience": 1, "threshold": 100, "max_window": 2},
         [0, 90, 5, 70, 10],
         ".SS.S",
     ),
     "0 and 100 are accuracies": (
-        dict(warmup=0, patience=1),
+        {"warmup": 0, "patience": 1},
         [100, 100, 0, 100],
         ".S..",
     ),
 }
 
 
-@pytest.mark.parametrize("options, accuracies, expected", CADENCE.values(), ids=CADENCE.keys())
+@pytest.mark.parametrize(
+    ("options", "accuracies", "expected"), CADENCE.values(), ids=CADENCE.keys()
+)
 def test_cadence(options, accuracies, expected):
     model = Model()
     policy = WUS(model, **options)
@@ -134,21 +141,43 @@ def test_cadence(options, accuracies, expected):
     assert model.switched == [False, *decisions]
 
 
+def test_switches_a_real_model(monkeypatch):
+    monkeypatch.setattr(policy_module, "set_skip", wus_ext.set_skip)
+    model = wus_ext.convert(torch.nn.Linear(4, 2))
+    policy = WUS(model, warmup=0, patience=1, max_window=1)
+    for skip in (False, True, False, True):
+        assert policy.step(60.0) is skip
+        assert wus_ext.is_skipping(model) is skip
+    state = policy.state_dict()
+    resumed = WUS(model, warmup=0, patience=1, max_window=1)
+    assert not wus_ext.is_skipping(model)
+    resumed.load_state_dict(state)
+    assert wus_ext.is_skipping(model)
+
+
+def test_an_unconverted_model_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(policy_module, "set_skip", wus_ext.set_skip)
+    with pytest.raises(ValueError, match="convert"):
+        WUS(torch.nn.Linear(4, 2))
+
+
 def test_starts_with_weights_training():
     model = Model()
     model.switched.append(True)
     policy = WUS(model)
-    assert not policy.skipping and not model.skipping and policy.history == []
+    assert not policy.skipping
+    assert not model.skipping
+    assert policy.history == []
 
 
 OPTIONS = st.fixed_dictionaries(
-    dict(
-        threshold=st.sampled_from([0.5, 1.0, 2.0]),
-        patience=st.integers(1, 3),
-        max_window=st.integers(1, 4),
-        warmup=st.integers(0, 6),
-        min_open=st.integers(1, 3),
-    )
+    {
+        "threshold": st.sampled_from([0.5, 1.0, 2.0]),
+        "patience": st.integers(1, 3),
+        "max_window": st.integers(1, 4),
+        "warmup": st.integers(0, 6),
+        "min_open": st.integers(1, 3),
+    }
 )
 # Quarters of a point around 60 %: variations on both sides of every threshold, without rounding.
 ACCURACIES = st.lists(st.integers(0, 8).map(lambda i: 60 + i / 4), min_size=1, max_size=24)
@@ -205,7 +234,8 @@ def test_decide_is_pure():
 def test_accuracy_is_stored_as_a_float(accuracy):
     policy = WUS(Model())
     policy.step(accuracy)
-    assert policy.history == [60.0] and type(policy.history[0]) is float
+    assert policy.history == [60.0]
+    assert type(policy.history[0]) is float
 
 
 BAD_ACCURACY = {
@@ -225,7 +255,9 @@ BAD_ACCURACY = {
 }
 
 
-@pytest.mark.parametrize("accuracy, error, text", BAD_ACCURACY.values(), ids=BAD_ACCURACY.keys())
+@pytest.mark.parametrize(
+    ("accuracy", "error", "text"), BAD_ACCURACY.values(), ids=BAD_ACCURACY.keys()
+)
 @pytest.mark.parametrize("method", ["WUS", "WUSLR"])
 def test_bad_accuracy_is_refused_and_changes_nothing(method, accuracy, error, text):
     policy = make(method, warmup=0, patience=1)
@@ -238,23 +270,25 @@ def test_bad_accuracy_is_refused_and_changes_nothing(method, accuracy, error, te
 
 
 BAD_SETTINGS = {
-    "negative threshold": (dict(threshold=-1.0), ValueError, "threshold .*-1"),
-    "threshold above 100": (dict(threshold=101), ValueError, "threshold .*101"),
-    "nan threshold": (dict(threshold=math.nan), ValueError, "threshold .*nan"),
-    "text threshold": (dict(threshold="1"), TypeError, "threshold .*'1'"),
-    "bool threshold": (dict(threshold=True), TypeError, "threshold .*True"),
-    "patience 0": (dict(patience=0), ValueError, "patience .*at least 1, got 0"),
-    "patience 1.5": (dict(patience=1.5), TypeError, "patience .*1.5"),
-    "max_window 0": (dict(max_window=0), ValueError, "max_window .*at least 1, got 0"),
-    "max_window inf": (dict(max_window=math.inf), TypeError, "max_window .*inf"),
-    "max_window bool": (dict(max_window=True), TypeError, "max_window .*True"),
-    "warmup -1": (dict(warmup=-1), ValueError, "warmup .*at least 0, got -1"),
-    "warmup none": (dict(warmup=None), TypeError, "warmup .*None"),
-    "min_open 0": (dict(min_open=0), ValueError, "min_open .*at least 1, got 0"),
+    "negative threshold": ({"threshold": -1.0}, ValueError, "threshold .*-1"),
+    "threshold above 100": ({"threshold": 101}, ValueError, "threshold .*101"),
+    "nan threshold": ({"threshold": math.nan}, ValueError, "threshold .*nan"),
+    "text threshold": ({"threshold": "1"}, TypeError, "threshold .*'1'"),
+    "bool threshold": ({"threshold": True}, TypeError, "threshold .*True"),
+    "patience 0": ({"patience": 0}, ValueError, "patience .*at least 1, got 0"),
+    "patience 1.5": ({"patience": 1.5}, TypeError, "patience .*1.5"),
+    "max_window 0": ({"max_window": 0}, ValueError, "max_window .*at least 1, got 0"),
+    "max_window inf": ({"max_window": math.inf}, TypeError, "max_window .*inf"),
+    "max_window bool": ({"max_window": True}, TypeError, "max_window .*True"),
+    "warmup -1": ({"warmup": -1}, ValueError, "warmup .*at least 0, got -1"),
+    "warmup none": ({"warmup": None}, TypeError, "warmup .*None"),
+    "min_open 0": ({"min_open": 0}, ValueError, "min_open .*at least 1, got 0"),
 }
 
 
-@pytest.mark.parametrize("options, error, text", BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
+@pytest.mark.parametrize(
+    ("options", "error", "text"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys()
+)
 @pytest.mark.parametrize("method", ["WUS", "WUSLR"])
 def test_bad_settings_are_refused(method, options, error, text):
     with pytest.raises(error, match=text):
@@ -268,9 +302,10 @@ def test_settings_are_keywords_only():
 
 def test_fractions_instead_of_percent_warn():
     policy = WUS(Model(), warmup=0)
+    policy.step(0.5)
+    policy.step(0.6)
     with pytest.warns(UserWarning, match="percentages"):
-        for accuracy in (0.5, 0.6, 0.61):
-            policy.step(accuracy)
+        policy.step(0.61)
 
 
 def test_history_is_a_copy():
@@ -372,8 +407,8 @@ LR_CADENCE = {
     ),
     "drop to exactly lr_drop is one": (factors(1, 1, 1, 0.5), {}, ".S.SSS.S"),
     "drop to a little more is none": (factors(1, 1, 1, 0.51), {}, ".SSS.SSS"),
-    "rounding does not matter": (factors(1, 1, 1, 0.1 * 3), dict(lr_drop=0.3), ".S.SSS.S"),
-    "lr_drop 0.9": (factors(1, 1, 1, 0.9), dict(lr_drop=0.9), ".S.SSS.S"),
+    "rounding does not matter": (factors(1, 1, 1, 0.1 * 3), {"lr_drop": 0.3}, ".S.SSS.S"),
+    "lr_drop 0.9": (factors(1, 1, 1, 0.9), {"lr_drop": 0.9}, ".S.SSS.S"),
     "decay that adds up within a window": (
         factors(1, 1, 0.9, 0.7, 0.5),
         {},
@@ -398,11 +433,13 @@ LR_CADENCE = {
     "a rate of 0 does not block": (factors(0, 0, 0, 0), {}, ".SSS.SSS"),
     "a drop to 0 is one": (factors(1, 1, 1, 0), {}, ".S.SSS.S"),
     "drops in every epoch: weights train": (factors(*(0.5**i for i in range(9))), {}, "........"),
-    "a drop and min_open": (factors(1, 1, 1, 0.1), dict(min_open=2), ".S..SSS."),
+    "a drop and min_open": (factors(1, 1, 1, 0.1), {"min_open": 2}, ".S..SSS."),
 }
 
 
-@pytest.mark.parametrize("schedule, options, expected", LR_CADENCE.values(), ids=LR_CADENCE.keys())
+@pytest.mark.parametrize(
+    ("schedule", "options", "expected"), LR_CADENCE.values(), ids=LR_CADENCE.keys()
+)
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 def test_lr_cadence(schedule, options, expected, optimizer_class):
     scheduler = schedule(make_optimizer(0.1, cls=optimizer_class))
@@ -464,7 +501,7 @@ def test_plateau_of_the_wrong_mode_warns():
 def test_metric_for_another_scheduler_is_refused():
     policy = make("WUSLR")
     before = snapshot(policy)
-    with pytest.raises(ValueError, match="metric .*LambdaLR"):
+    with pytest.raises(ValueError, match=r"metric .*LambdaLR"):
         policy.step(60.0, metric=1.0)
     assert snapshot(policy) == before
 
@@ -516,11 +553,11 @@ def test_works_with_every_scheduler(schedule):
     ids=["none", "number", "optimizer", "no optimizer"],
 )
 def test_not_a_scheduler_is_refused(scheduler):
-    with pytest.raises(TypeError, match="scheduler must be .*, got "):
+    with pytest.raises(TypeError, match=r"scheduler must be .*, got "):
         WUSLR(Model(), scheduler)
 
 
-@pytest.mark.parametrize("lr_drop, error", [(0, ValueError), (1, ValueError), ("x", TypeError)])
+@pytest.mark.parametrize(("lr_drop", "error"), [(0, ValueError), (1, ValueError), ("x", TypeError)])
 def test_bad_lr_drop_is_refused(lr_drop, error):
     with pytest.raises(error, match="lr_drop"):
         make("WUSLR", lr_drop=lr_drop)
@@ -593,7 +630,9 @@ def test_loading_an_older_state_goes_back():
         policy.step(accuracy)
     assert policy.model.skipping
     policy.load_state_dict(start)
-    assert not policy.skipping and not policy.model.skipping and policy.history == []
+    assert not policy.skipping
+    assert not policy.model.skipping
+    assert policy.history == []
 
 
 def edited(**changes):
@@ -619,7 +658,7 @@ BAD_STATES = {
 }
 
 
-@pytest.mark.parametrize("edit, error, text", BAD_STATES.values(), ids=BAD_STATES.keys())
+@pytest.mark.parametrize(("edit", "error", "text"), BAD_STATES.values(), ids=BAD_STATES.keys())
 @pytest.mark.parametrize("method", ["WUS", "WUSLR"])
 def test_bad_state_is_refused_and_changes_nothing(method, edit, error, text):
     policy = make(method, warmup=0)
@@ -631,14 +670,14 @@ def test_bad_state_is_refused_and_changes_nothing(method, edit, error, text):
     assert snapshot(policy) == before
 
 
-@pytest.mark.parametrize("saved, loaded", [("WUS", "WUSLR"), ("WUSLR", "WUS")])
+@pytest.mark.parametrize(("saved", "loaded"), [("WUS", "WUSLR"), ("WUSLR", "WUS")])
 def test_state_of_the_other_policy_is_refused(saved, loaded):
     with pytest.raises(ValueError, match=f"saved by a {loaded}"):
         make(loaded).load_state_dict(make(saved).state_dict())
 
 
 def test_state_with_another_lr_drop_is_refused():
-    with pytest.raises(ValueError, match="'lr_drop': 0.1"):
+    with pytest.raises(ValueError, match=r"'lr_drop': 0\.1"):
         make("WUSLR").load_state_dict(make("WUSLR", lr_drop=0.1).state_dict())
 
 

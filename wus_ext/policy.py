@@ -135,7 +135,8 @@ class WUS:
         threshold, patience, max_window, warmup, min_open: see :class:`Settings`.
 
     Raises:
-        TypeError, ValueError: a setting is not of its type or out of its range.
+        TypeError: a setting is not of its type.
+        ValueError: a setting is out of its range, or ``model`` has no layer that can skip.
 
     With ``DistributedDataParallel`` every process must pass the same accuracy, that of the whole
     held-out set, else their decisions differ.
@@ -280,7 +281,7 @@ class WUSLR(WUS):
 
     Raises:
         TypeError: ``scheduler`` is not a scheduler, or a setting is not of its type.
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or ``model`` has no layer that can skip.
 
     :meth:`state_dict` does **not** hold the scheduler's state. Save and load optimizer, scheduler
     and policy each by its own ``state_dict``, in any order.
