@@ -6,6 +6,7 @@ TORCH_CUDA_ARCH_LIST chooses the GPU architectures (default: 8.0 9.0 10.0+PTX).
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -36,9 +37,13 @@ def toolkits():
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             yield Path(os.environ[name])
-    yield Path("/usr/local/cuda")
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        yield Path(nvcc).resolve().parent.parent
+    yield Path("/usr/local/cuda").resolve()
     major = (torch.version.cuda or "0").split(".")[0]
-    yield Path(sysconfig.get_paths()["purelib"], "nvidia", f"cu{major}")
+    for packages in (sysconfig.get_paths()["purelib"], Path(torch.__file__).parents[1]):
+        yield Path(packages, "nvidia", f"cu{major}")
 
 
 def why_unusable(home):
@@ -69,10 +74,11 @@ def find_cuda():
         problems = ["this torch has no CUDA"]
     else:
         problems = []
-        for home in toolkits():
+        for home in dict.fromkeys(toolkits()):
             problem = why_unusable(home)
             if problem is None:
-                print(f"wus_ext: building for CPU and CUDA with {home}")
+                passed_over = f" (not {'; '.join(problems)})" if problems else ""
+                print(f"wus_ext: building for CPU and CUDA with {home}{passed_over}")
                 return home
             problems.append(f"{home}: {problem}")
     reason = "; ".join(problems)

@@ -9,8 +9,7 @@ namespace wus::cpu {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> relu_max_pool(const at::Tensor& input, bool relu) {
-  TORCH_CHECK_VALUE(input.dim() == 4 && input.size(2) >= 2 && input.size(3) >= 2,
-                    "input must be [N, C, H, W] with H and W at least 2, got size ", input.sizes());
+  check_poolable(input);
   const at::Tensor x = as_rows(input, "input");
   const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const int64_t oh = height / 2, ow = width / 2;
@@ -32,10 +31,7 @@ std::tuple<at::Tensor, at::Tensor> max_pool_bias_grad(const at::Tensor& grad_out
                                                       at::IntArrayRef input_size,
                                                       bool need_grad_input) {
   const int64_t height = input_size[0], width = input_size[1];
-  TORCH_CHECK_VALUE(height >= 2 && width >= 2 && grad_output.dim() == 4 &&
-                        grad_output.size(2) == height / 2 && grad_output.size(3) == width / 2,
-                    "grad_output must be [N, C, H / 2, W / 2] for input_size [H, W] = ", input_size,
-                    ", got size ", grad_output.sizes());
+  check_pooled(grad_output, input_size);
   const at::Tensor grad = as_rows(grad_output, "grad_output");
   const int64_t batch = grad.size(0), channels = grad.size(1);
   check_bytes(code, "code", {batch, height / 2, width / 2, channels});

@@ -29,10 +29,7 @@ std::tuple<at::Tensor, at::Tensor> relu_mask(const at::Tensor& input) {
 
 std::tuple<at::Tensor, at::Tensor> relu_mask_(at::Tensor input) {
   check_float(input, "input");
-  TORCH_CHECK_VALUE(input.is_contiguous(row_format(input)),
-                    "input must be dense, in channels_last format if it is 4-D, to be changed in "
-                    "place; got size ",
-                    input.sizes(), " with strides ", input.strides());
+  check_dense(input, "input");
   return relu_into(input, input);
 }
 

@@ -1,29 +1,14 @@
-// Tensors seen as rows x channels: [N, C, H, W] in channels_last has N * H * W rows of C channels,
-// any other tensor has rows of its last dimension.
+// Loops and sums over a tensor's rows.
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "../rows.h"
+
 namespace wus::cpu {
-
-struct Rows {
-  int64_t rows, channels;
-
-  explicit Rows(const at::Tensor& t) {
-    channels = t.dim() == 4 ? t.size(1) : t.dim() == 0 ? 1 : t.size(-1);
-    rows = channels ? t.numel() / channels : 0;
-  }
-  int64_t mask_bytes() const { return (channels + 7) / 8; }
-};
-
-inline at::MemoryFormat row_format(const at::Tensor& t) {
-  return t.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
 
 inline void check_float(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kFloat, name,
@@ -37,35 +22,8 @@ inline at::Tensor as_rows(const at::Tensor& t, const char* name) {
   return t.contiguous(row_format(t));
 }
 
-inline at::Tensor empty_rows(const at::Tensor& like) {
-  return at::empty(like.sizes(), like.options().memory_format(row_format(like)));
-}
-
-inline at::Tensor empty_mask(const at::Tensor& input) {
-  const Rows shape(input);
-  return at::empty({shape.rows, shape.mask_bytes()}, input.options().dtype(at::kByte));
-}
-
 inline at::Tensor nothing(const at::Tensor& like, at::ScalarType type = at::kFloat) {
   return at::empty({0}, like.options().dtype(type));
-}
-
-inline void check_same_size(const at::Tensor& t, const char* name, const at::Tensor& other,
-                            const char* other_name) {
-  TORCH_CHECK_VALUE(t.sizes() == other.sizes(), name, " has size ", t.sizes(), ", but ", other_name,
-                    " has size ", other.sizes());
-}
-
-inline void check_bytes(const at::Tensor& t, const char* name, at::IntArrayRef size) {
-  TORCH_CHECK_VALUE(
-      t.device().is_cpu() && t.scalar_type() == at::kByte && t.sizes() == size && t.is_contiguous(),
-      name, " must be a contiguous uint8 tensor of size ", size, " on the CPU, got ",
-      t.scalar_type(), " of size ", t.sizes(), " on ", t.device());
-}
-
-inline void check_mask(const at::Tensor& mask, const at::Tensor& of) {
-  const Rows shape(of);
-  check_bytes(mask, "mask", {shape.rows, shape.mask_bytes()});
 }
 
 // Elements worth a thread of their own.

@@ -1,6 +1,7 @@
 // Loops over rows x channels: whole vectors, then the channels left over, for any channel count.
 #pragma once
 
+#include "../layout.h"
 #include "simd.h"
 
 namespace wus::cpu::WUS_ISA {
@@ -61,8 +62,6 @@ WUS_INLINE DVec load_widened(const float* p) {
 }
 
 WUS_INLINE void add_to(double* p, DVec v) { *reinterpret_cast<UnalignedDVec*>(p) += v; }
-
-WUS_INLINE int64_t mask_bytes(int64_t channels) { return (channels + 7) / 8; }
 
 // body(c, lanes) for each vector of a row.
 template <class Body>

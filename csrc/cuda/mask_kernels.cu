@@ -1,0 +1,136 @@
+#include "mask_kernels.h"
+
+#include "layout.h"
+#include "sums.cuh"
+
+namespace wus::cuda {
+namespace {
+
+constexpr int kMaxBlocks = 8192;
+
+// input and output may be the same memory, so neither is __restrict__.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads)
+    relu_kernel(const T* input, const T* __restrict__ other, T* output, uint8_t* __restrict__ mask,
+                int64_t rows, int64_t channels) {
+  const int64_t bytes = mask_bytes(channels);
+  for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
+    const int64_t i = r * channels + c;
+    Octet<T> x = load<kVector>(input + i, lanes);
+    if (other) {
+      const Octet<T> z = load<kVector>(other + i, lanes);
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        x.lane[k] = static_cast<T>(static_cast<float>(x.lane[k]) + static_cast<float>(z.lane[k]));
+      }
+    }
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      const bool keep = !(static_cast<float>(x.lane[k]) <= 0);  // keeps NaN
+      if (!keep) x.lane[k] = static_cast<T>(0.f);
+      bits |= (keep ? 1u : 0u) << k;
+    }
+    store<kVector>(output + i, x, lanes);
+    mask[r * bytes + c / kOctet] = static_cast<uint8_t>(bits);
+  });
+}
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads)
+    apply_mask_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask, float scale,
+                      T* __restrict__ output, int64_t rows, int64_t channels) {
+  const int64_t bytes = mask_bytes(channels);
+  for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
+    const int64_t i = r * channels + c;
+    Octet<T> g = load<kVector>(grad + i, lanes);
+    const unsigned bits = mask[r * bytes + c / kOctet];
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      const float scaled = static_cast<float>(g.lane[k]) * scale;
+      g.lane[k] = static_cast<T>(bits >> k & 1 ? scaled : 0.f);
+    }
+    store<kVector>(output + i, g, lanes);
+  });
+}
+
+template <class T, bool kVector, bool kMasked, bool kStore>
+__global__ void __launch_bounds__(kThreads, kSumBlocksAnSM)
+    mask_bias_grad_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask,
+                          T* __restrict__ grad_input, float* __restrict__ partial, int64_t rows,
+                          int64_t channels) {
+  const int64_t bytes = mask_bytes(channels);
+  float sum[kOctet] = {};
+  for_octets<4>(rows, channels, [=, &sum](int64_t r, int64_t c, int lanes) {
+    const int64_t i = r * channels + c;
+    Octet<T> g = load<kVector>(grad + i, lanes);
+    const unsigned bits = kMasked ? mask[r * bytes + c / kOctet] : 0xff;
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      if (!(bits >> k & 1)) g.lane[k] = static_cast<T>(0.f);
+      sum[k] += static_cast<float>(g.lane[k]);
+    }
+    if constexpr (kStore) store<kVector>(grad_input + i, g, lanes);
+  });
+  leave_partial(sum, channels, partial);
+}
+
+}  // namespace
+
+template <class T>
+void relu(const T* input, const T* other, T* output, uint8_t* mask, int64_t rows, int64_t channels,
+          cudaStream_t stream) {
+  const Cover c = cover(rows, channels, 1, kMaxBlocks);
+  with_vector(
+      [&](auto vector) {
+        relu_kernel<T, vector.value>
+            <<<c.grid, c.block, 0, stream>>>(input, other, output, mask, rows, channels);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      },
+      channels, input, other, output);
+}
+
+template <class T>
+void apply_mask(const T* grad, const uint8_t* mask, float scale, T* output, int64_t rows,
+                int64_t channels, cudaStream_t stream) {
+  const Cover c = cover(rows, channels, 1, kMaxBlocks);
+  with_vector(
+      [&](auto vector) {
+        apply_mask_kernel<T, vector.value>
+            <<<c.grid, c.block, 0, stream>>>(grad, mask, scale, output, rows, channels);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      },
+      channels, grad, output);
+}
+
+template <class T>
+void mask_bias_grad(const T* grad, const uint8_t* mask, T* grad_input, float* partial, T* grad_bias,
+                    int64_t rows, int64_t channels, cudaStream_t stream) {
+  const Cover c = sum_cover(rows, channels);
+  with_vector(
+      [&](auto vector) {
+        auto kernel = mask_bias_grad_kernel<T, vector.value, false, false>;
+        if (mask) kernel = mask_bias_grad_kernel<T, vector.value, true, false>;
+        if (mask && grad_input) kernel = mask_bias_grad_kernel<T, vector.value, true, true>;
+        kernel<<<c.grid, c.block, 0, stream>>>(grad, mask, grad_input, partial, rows, channels);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      },
+      channels, grad, grad_input);
+  add_partials(partial, c.grid.y, channels, grad_bias, stream);
+}
+
+int64_t partial_sums(int64_t rows, int64_t channels) {
+  return int64_t{sum_cover(rows, channels).grid.y} * channels;
+}
+
+#define WUS_INSTANTIATE(T)                                                                       \
+  template void relu(const T*, const T*, T*, uint8_t*, int64_t, int64_t, cudaStream_t);          \
+  template void apply_mask(const T*, const uint8_t*, float, T*, int64_t, int64_t, cudaStream_t); \
+  template void mask_bias_grad(const T*, const uint8_t*, T*, float*, T*, int64_t, int64_t,       \
+                               cudaStream_t);
+
+WUS_INSTANTIATE(float)
+WUS_INSTANTIATE(c10::Half)
+WUS_INSTANTIATE(c10::BFloat16)
+
+}  // namespace wus::cuda
