@@ -46,13 +46,12 @@ TORCH_LIBRARY(wus, m) {
       "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
       "Tensor var, float momentum, SymInt count) -> ()");
   m.def(
-      "batch_norm_apply(Tensor input, Tensor scale, Tensor shift, Tensor? residual=None, int "
-      "act=0) "
-      "-> (Tensor output, Tensor mask)");
+      "batch_norm_apply(Tensor input, Tensor scale, Tensor shift, Tensor? residual=None, "
+      "int act=0) -> (Tensor output, Tensor mask)");
   m.def(
       "batch_norm_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor? mask=None, "
-      "Tensor? scale=None, Tensor? shift=None, int act=0) -> (Tensor sum_grad, Tensor "
-      "sum_grad_xmu)");
+      "Tensor? scale=None, Tensor? shift=None, int act=0) -> "
+      "(Tensor sum_grad, Tensor sum_grad_xmu)");
   m.def(
       "batch_norm_grad_coefficients(Tensor sum_grad, Tensor sum_grad_xmu, Tensor mean, "
       "Tensor invstd, Tensor? weight, SymInt count) -> "
