@@ -89,10 +89,7 @@ def spread(seconds: list[float]) -> float:
 
 def machine() -> str:
     """Device and versions in one line, for the head of every table."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = cpu_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return (
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"wus_ext {wus_ext.__version__} ({wus_ext.build_info()['cpu_capability']}), "

@@ -465,7 +465,9 @@ def test_other_ways_to_call_run_layer_by_layer():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_take_the_plain_path(dtype):
     stock, skip = build("conv_norm_relu_pool")
-    check(stock.to(dtype), skip.to(dtype), images().to(dtype), 1e-10 if dtype.itemsize == 8 else 0.1)
+    check(
+        stock.to(dtype), skip.to(dtype), images().to(dtype), 1e-10 if dtype.itemsize == 8 else 0.1
+    )
 
 
 def test_autocast_takes_the_plain_path():

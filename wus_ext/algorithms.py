@@ -45,8 +45,6 @@ PLAIN = 0
 PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act.RELU_POOL: 3}
 NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act.RELU_POOL: 7}
 
-FREQUENCIES = {Scheme.F2: 16, Scheme.Z2: 9, Scheme.F4: 36}
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -223,7 +221,7 @@ def choose(
     """
     for scheme in schemes(conv, geometry, options.algo):
         key = (conv, scheme, len(sources))
-        if packed.fits(key, packed_nbytes(conv.weight, scheme)):
+        if packed.fits(key, lambda s=scheme: packed_nbytes(conv.weight, s)):
             copies = packed.get(key, sources, partial(_transform, weight, scheme))
             return Winograd(conv, geometry, scheme, *copies)
     if sources == (conv.weight,):
@@ -258,4 +256,5 @@ def schemes(conv: nn.Conv2d, geometry: Geometry, algo: str) -> list[Scheme]:
 
 def packed_nbytes(weight: Tensor, scheme: Scheme) -> int:
     """Bytes of a weight's two transformed copies, for the forward pass and the data gradient."""
-    return 2 * FREQUENCIES[scheme] * weight.size(0) * weight.size(1) * weight.element_size()
+    shape_only = torch.empty_like(weight, device="meta")
+    return sum(ops.winograd_pack(shape_only, dgrad, int(scheme)).nbytes for dgrad in (False, True))

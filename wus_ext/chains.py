@@ -335,7 +335,7 @@ class FrozenProduct:
             weight.numel() < cls.WORTH_PACKING
             or not torch.backends.mkldnn.enabled
             or not torch.backends.mkldnn.is_available()
-            or not packed.fits(key, 2 * weight.nbytes)
+            or not packed.fits(key, lambda: 2 * weight.nbytes)
         ):
             return cls(weight, ())
         reorder = torch.ops.mkldnn._reorder_linear_weight

@@ -44,11 +44,11 @@ class PackedWeights:
             copy = self._copies[key] = _Copy(stamp, make())
         return copy.tensors
 
-    def fits(self, key: Hashable, nbytes: int) -> bool:
-        """Whether a copy of `nbytes` may be made, or has been."""
+    def fits(self, key: Hashable, nbytes: Callable[[], int]) -> bool:
+        """Whether a copy of `nbytes()` may be made, or has been."""
         if self.budget is None or key in self._copies:
             return True
-        return self.nbytes() + nbytes <= self.budget
+        return self.nbytes() + nbytes() <= self.budget
 
     def nbytes(self) -> int:
         """Bytes that the copies take."""

@@ -2,10 +2,10 @@
 //
 // Kernels are written once against this header and compiled once per instruction set: a translation
 // unit such as isa/avx2.cpp sets `#pragma GCC target`, WUS_ISA and WUS_AVX2 (and WUS_AVX512), then
-// includes the kernels. (g++ before 13 reads the whole file before it acts on the pragma, so __AVX2__
-// would not be seen.)
-// Everything lives in `wus::cpu::WUS_ISA`, and nothing here includes torch or an inline function of
-// the standard library: the linker could keep a copy that holds instructions another CPU lacks.
+// includes the kernels. (g++ before 13 reads the whole file before it acts on the pragma, so
+// __AVX2__ would not be seen.) Everything lives in `wus::cpu::WUS_ISA`, and nothing here includes
+// torch or an inline function of the standard library: the linker could keep a copy that holds
+// instructions another CPU lacks.
 #pragma once
 
 #include <stddef.h>

@@ -232,6 +232,15 @@ std::tuple<Tensor, Tensor> winograd_dgrad(const Tensor& grad_output, const Tenso
   return {grad_input, grad_bias};
 }
 
+// What a packed weight will take, before any is made: winograd_pack of a meta tensor.
+Tensor winograd_pack_meta(const Tensor& weight, bool dgrad, int64_t scheme) {
+  const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
+  return at::empty({scheme_info(scheme).frequencies, plane_size(inputs, outputs)},
+                   weight.options());
+}
+
+TORCH_LIBRARY_IMPL(wus, Meta, m) { m.impl("winograd_pack", &winograd_pack_meta); }
+
 TORCH_LIBRARY_IMPL(wus, CPU, m) {
   m.impl("winograd_pack", &winograd_pack);
   m.impl("winograd_forward", &winograd_forward);
