@@ -184,7 +184,8 @@ def check(stock, skip, x, tolerance):
 
 
 def program(model):
-    return model._skip_programs._program
+    """The program derived last."""
+    return next(reversed(model._skip_programs._programs.values()), None)
 
 
 @pytest.mark.parametrize("algo", ["direct", "f2", "f4"])

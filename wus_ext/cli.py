@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import build_info
+from . import build_info, packed_bytes, set_skip
 from .training.compare import CompareConfig, compare, read_compare
 from .training.config import METHODS, MODELS, TrainConfig
 from .training.errors import ConfigError, DataError, MissingExtra, TrainingError
+from .training.methods import build_model
 from .training.progress import Progress
 from .training.runfolder import RunFolder
 from .training.trainer import Trainer
@@ -33,6 +34,7 @@ _GROUPS = {
     "when to skip (wus, wus+lr)": (
         *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "lr_drop"),
     ),
+    "how to skip (wus, wus+lr)": ("norm", "algo", "packed_budget"),
     "data": (
         *("data_dir", "download", "limit_train", "limit_test", "validation", "memory_budget"),
         "workers",
@@ -143,7 +145,18 @@ def _info(given: dict[str, Any]) -> int:
         print(f"{name}: {value}")
     if note:
         print(note)
+    else:
+        costs = ", ".join(f"{name} {_packed_mib(name)} MiB" for name in MODELS)
+        print(f"transformed weights in a skip window (CPU, float32, --algo auto): {costs}")
     return 0
+
+
+def _packed_mib(name: str) -> int:
+    """What a network's transformed weights take, found by running one skip step forward."""
+    model = build_model(TrainConfig(model=name), 10).to(memory_format=torch.channels_last)
+    set_skip(model, True)
+    model(torch.zeros(2, 3, 32, 32))
+    return round(packed_bytes(model) / 2**20)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,7 +52,6 @@ class Program:
         options: SkipOptions,
         packed: PackedWeights,
     ) -> None:
-        self.signature = signature(model)
         graph = _trace(model, forward)
         fuser = _Fuser(model, graph, options, packed)
         fuser.fuse()
@@ -74,13 +73,18 @@ class Program:
 
 
 class ProgramCache:
-    """A converted model's program and transformed weights; a copy of the model starts anew."""
+    """A converted model's programs and transformed weights; a copy of the model starts anew.
+
+    There is one program for each state of the model (training, evaluation, hooks), or None where
+    it cannot be traced.
+    """
+
+    MOST_PROGRAMS = 8
 
     def __init__(self, options: SkipOptions) -> None:
         self.options = options
         self.packed = PackedWeights(options.memory_budget)
-        self._program: Program | None = None
-        self._untraceable: tuple | None = None
+        self._programs: dict[tuple, Program | None] = {}
 
     def __deepcopy__(self, memo: dict) -> ProgramCache:
         return ProgramCache(self.options)
@@ -102,19 +106,17 @@ class ProgramCache:
         ):
             return None
         now = signature(model)
-        if now == self._untraceable:
-            return None
-        if self._program is None or self._program.signature != now:
-            self._program = self._derive(model, forward, now)
-        return self._program
+        if now not in self._programs:
+            if len(self._programs) == self.MOST_PROGRAMS:
+                self._programs.clear()
+            self._programs[now] = self._derive(model, forward)
+        return self._programs[now]
 
-    def _derive(self, model: nn.Module, forward: Callable[..., Any], now: tuple) -> Program | None:
-        self.packed.clear()
+    def _derive(self, model: nn.Module, forward: Callable[..., Any]) -> Program | None:
         try:
             program = Program(model, forward, self.options, self.packed)
         except Exception as error:  # torch.fx and user code may raise anything
             logger.info("%s runs layer by layer: %s", type(model).__name__, error)
-            self._untraceable = now
             return None
         logger.info("%s: fused %d chains", type(model).__name__, len(program.chains))
         return program

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..options import ALGORITHMS, NORMS
 from ..policy import Settings
 from .errors import ConfigError
 
@@ -93,6 +94,22 @@ class TrainConfig:
     min_open: int = option(_POLICY.min_open, "epochs that weights train between two windows")
     lr_drop: float = option(0.5, "wus+lr: ratio of learning rates that counts as a drop, in (0, 1)")
 
+    norm: str = option(
+        "batch",
+        "batch norm in skipped epochs: batch (statistics of the batch, as ever) or frozen (running "
+        "statistics stand still; costs less)",
+        choices=NORMS,
+    )
+    algo: str = option(
+        "auto",
+        "convolutions of skipped epochs on the CPU in float32: direct (oneDNN), f2, f4 (Winograd), "
+        "or auto (the fastest for each layer)",
+        choices=ALGORITHMS,
+    )
+    packed_budget: float | None = option(
+        None, "GiB that transformed weights may take in skipped epochs", type=float
+    )
+
     data_dir: str = option(
         "data", "where the dataset is, or is downloaded to; for folder: the folder of train, test"
     )
@@ -117,7 +134,7 @@ class TrainConfig:
         Raises:
             ConfigError: naming the first setting that is wrong, its value and what is wanted.
         """
-        for name in ("model", "dataset", "method", "schedule", "amp", "watch"):
+        for name in ("model", "dataset", "method", "schedule", "amp", "watch", "norm", "algo"):
             _one_of(name, getattr(self, name), _FIELDS[name].metadata["choices"])
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
             _integer(name, getattr(self, name), least)
@@ -130,6 +147,8 @@ class TrainConfig:
         _number("gamma", self.gamma, "in (0, 1)", lambda x: 0 < x < 1)
         _number("validation", self.validation, "in [0, 1)", lambda x: 0 <= x < 1)
         _number("memory_budget", self.memory_budget, "at least 0", lambda x: x >= 0)
+        if self.packed_budget is not None:
+            _number("packed_budget", self.packed_budget, "at least 0", lambda x: x >= 0)
         _number("lr_drop", self.lr_drop, "in (0, 1)", lambda x: 0 < x < 1)
         for milestone in self.milestones:
             _number("milestones", milestone, "fractions in (0, 1)", lambda x: 0 < x < 1)
@@ -142,6 +161,11 @@ class TrainConfig:
         if self.method == "wus+lr" and self.schedule == "constant":
             raise ConfigError("method 'wus+lr' needs the schedule 'cosine' or 'step', or use 'wus'")
         self.torch_device()
+
+    def skip_settings(self) -> dict[str, Any]:
+        """The settings of :func:`wus_ext.convert`."""
+        budget = None if self.packed_budget is None else int(self.packed_budget * 2**30)
+        return {"norm": self.norm, "algo": self.algo, "memory_budget": budget}
 
     def policy_settings(self) -> dict[str, Any]:
         """The settings of :class:`wus_ext.WUS`."""

@@ -35,7 +35,7 @@ def build_model(
         model = getattr(models, name)(num_classes=classes, **options)
     if config.method == "baseline":
         return revert(model)
-    return convert(model)
+    return convert(model, **config.skip_settings())
 
 
 def build_scheduler(

@@ -88,6 +88,8 @@ class Progress:
             f"{record['images_per_second']:.0f} images/s",
             f"weights {_weights(record['skipped'])}",
         ]
+        if record["packed_bytes"]:
+            parts.append(f"{record['packed_bytes'] / 2**20:.0f} MiB of transformed weights")
         self.say("  ".join(parts))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..skip import packed_bytes
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import DataError, TrainingError
@@ -139,6 +140,7 @@ class Trainer:
         if not math.isfinite(training.loss):
             raise TrainingError(self._diverged(epoch, rate))
 
+        packed = packed_bytes(self.model)
         validation = self._evaluate(data.validation) if data.validation else None
         test = self._evaluate(data.test)
         watched = validation if config.watch == "validation" else training
@@ -157,6 +159,7 @@ class Trainer:
             "eval_seconds": test.seconds + (validation.seconds if validation else 0.0),
             "images_per_second": training.images / training.seconds,
             "step_seconds": training.step_seconds,
+            "packed_bytes": packed,
         }
         self._store(record)
         if self.progress:
