@@ -29,7 +29,10 @@ $(VENV)/.built: $(VENV)/.packages setup.py $(CSRC)
 	@touch $@
 
 demo: setup ## WUS and WUS+LR against stock PyTorch on real images: table and plot in runs/demo
-	$(BIN)/wus-ext compare --dataset digits --models vgg11 --methods baseline wus wus+lr --out runs/demo
+	$(BIN)/wus-ext compare --dataset digits --models vgg11_bn --methods baseline wus wus+lr \
+	  --epochs 12 --batch-size 64 --lr 0.02 --limit-train 640 --limit-test 600 \
+	  --warmup 3 --threshold 3 --patience 1 --max-window 2 --out runs/demo \
+	  $(if $(wildcard runs/demo/compare.json),--resume)
 
 test: setup ## all tests
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -43,6 +46,13 @@ format: setup ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.inl %.cu %.cuh,$(CSRC))
+
+SANITIZED := build/sanitized/lib
+sanitize: setup ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on its tests
+	WUS_SANITIZE=1 FORCE_CPU=1 $(BIN)/python setup.py -q build --build-base build/sanitized --build-lib $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/pytest -q -p wus_ext -p no:cacheprovider tests/cpu tests/test_program.py $(PYTEST_ARGS)
 
 cuda-toolkit: $(VENV)/.packages ## pip's CUDA compiler, of the version that torch was built with
 	$(BIN)/python -c 'from importlib.metadata import version; print("cuda-toolkit[nvcc,cccl,cudart]==" + version("cuda-toolkit"))' | xargs $(BIN)/pip install --quiet

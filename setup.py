@@ -2,6 +2,7 @@
 
 FORCE_CUDA=1 makes a missing CUDA toolkit an error; FORCE_CPU=1 leaves the CUDA part out.
 TORCH_CUDA_ARCH_LIST chooses the GPU architectures (default: 8.0 9.0 10.0+PTX).
+WUS_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
 """
 
 import os
@@ -28,8 +29,11 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 CXX_FLAGS += [
     "-Wno-unknown-pragmas",
     "-fvisibility=hidden",
-    *os.environ.get("WUS_CXXFLAGS", "").split(),
+    "-Wno-maybe-uninitialized",  # g++ 12 takes its own AVX-512 headers for suspects
 ]
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+if os.environ.get("WUS_SANITIZE") == "1":
+    CXX_FLAGS += SANITIZERS
 
 
 def toolkits():
@@ -134,7 +138,7 @@ def extension():
         depends=headers,
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *(flag for flag in CXX_FLAGS if "sanitize" in flag)],
         **options,
     )
     return [module], {"build_ext": BuildExtension}
