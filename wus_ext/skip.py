@@ -8,10 +8,7 @@ classes: parameters, buffers, hooks, ``state_dict`` keys and optimizers stay wha
 
 from __future__ import annotations
 
-import copy
-import functools
 import logging
-import types
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +17,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .injection import (
+    NORMS,
+    SkipModel,
+    SkipModule,
+    injected,
+    is_parametrized_bias,
+    stock_class,
+    weights,
+)
 from .nn import DROP_INS, SkipLayer, is_bias
 from .options import SkipOptions
 from .program import ProgramCache
@@ -28,115 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 logger = logging.getLogger("wus_ext")
 
-STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
-NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.CrossMapLRN2d,
-)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
-class SkipModule(SkipLayer):
-    """Mixin of a converted module without a drop-in class.
-
-    It runs stock code in a skip step too, with its weights and those of the layers inside swapped
-    for detached ones while ``forward`` runs.
-    """
-
-    skip_gamma: bool = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keeps the class made at run time away from what the user's classes do here."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.skip_wgrad:
-            return super().forward(*args, **kwargs)
-        with _detached(self):
-            return super().forward(*args, **kwargs)
-
-    # The class is made at run time: copy and pickle the class that it was made from.
-
-    def __deepcopy__(self, memo: dict) -> nn.Module:
-        mixin = _mixin(type(self))
-        with _as_stock(self):
-            copied = copy.deepcopy(self, memo)
-        copied.__class__ = _injected(mixin, type(copied))
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        with _as_stock(self):
-            make, arguments, *state = self.__reduce_ex__(max(protocol, 2))
-        return (_restore, (_mixin(type(self)), make, arguments), *state)
-
-
-class SkipModel(SkipModule):
-    """Mixin of a converted model's root: runs the full program or the skip program."""
-
-    #: None in what a model makes of its own class, a slice of a Sequential for one.
-    _skip_programs: ProgramCache | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self._skip_programs
-        if cache is None:
-            return super().forward(*args, **kwargs)
-        if not self.skip_wgrad:
-            cache.end_window()
-            return super().forward(*args, **kwargs)
-        program = None
-        # torch.func.functional_call puts plain tensors in, which a traced program would keep.
-        if all(isinstance(parameter, nn.Parameter) for parameter in self.parameters()):
-            program = cache.program(self, _stock_class(type(self)).forward, args, kwargs)
-        if program is None:
-            return super().forward(*args, **kwargs)
-        with _detached(self):
-            return program(self, *args)
-
-
-_injected_classes: dict[tuple[type, type], type] = {}
-
-
-def _injected(mixin: type[SkipModule], cls: type) -> type:
-    """The subclass of `cls` whose ``forward`` is the mixin's, under the signature of `cls`."""
-    if (mixin, cls) not in _injected_classes:
-
-        @functools.wraps(cls.forward)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return mixin.forward(self, *args, **kwargs)
-
-        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "forward": forward}
-        made = types.new_class(
-            f"Skip{cls.__name__}", (mixin, cls), exec_body=lambda body: body.update(namespace)
-        )
-        _injected_classes[mixin, cls] = made
-        STOCK[made] = cls
-    return _injected_classes[mixin, cls]
-
-
-def _mixin(cls: type) -> type[SkipModule]:
-    return SkipModel if issubclass(cls, SkipModel) else SkipModule
-
-
-def _stock_class(cls: type) -> type:
-    return STOCK.get(cls, cls)
-
-
-@contextmanager
-def _as_stock(module: nn.Module) -> Iterator[None]:
-    made = type(module)
-    module.__class__ = _stock_class(made)
-    try:
-        yield
-    finally:
-        module.__class__ = made
-
-
-def _restore(mixin: type[SkipModule], make: Any, arguments: tuple) -> nn.Module:
-    module = make(*arguments)
-    module.__class__ = _injected(mixin, type(module))
-    return module
 
 
 def convert(
@@ -204,10 +102,9 @@ tensor (8 values) trains
     skipping = isinstance(root, SkipLayer) and root.skip_wgrad
     for path, module in root.named_modules():
         _convert_one(module, path, skip_gamma)
-    if not isinstance(root, SkipLayer) or type(root) is _injected_classes.get(
-        (SkipModule, _stock_class(type(root)))
-    ):
-        root.__class__ = _injected(SkipModel, _stock_class(type(root)))
+    inner = isinstance(root, SkipModule) and not isinstance(root, SkipModel)
+    if inner or not isinstance(root, SkipLayer):
+        root.__class__ = injected(SkipModel, stock_class(type(root)))
     for module in root.modules():
         if isinstance(module, SkipModule):
             module.skip_gamma = skip_gamma
@@ -223,14 +120,14 @@ tensor (8 values) trains
 
 
 def _convert_one(module: nn.Module, path: str, skip_gamma: bool) -> None:
-    stock = _stock_class(type(module))
+    stock = stock_class(type(module))
     if isinstance(module, NORMS) and not skip_gamma:
         _set_flag(module, False)
         module.__class__ = stock
     elif stock in DROP_INS:
         module.__class__ = DROP_INS[stock]
     elif not isinstance(module, SkipLayer) and _runs_on_weights(module, path):
-        module.__class__ = _injected(SkipModule, stock)
+        module.__class__ = injected(SkipModule, stock)
 
 
 def _runs_on_weights(module: nn.Module, path: str) -> bool:
@@ -238,13 +135,9 @@ def _runs_on_weights(module: nn.Module, path: str) -> bool:
     return (
         not _is_script(module)
         and type(module).forward is not nn.Module.forward  # a ParameterList has none
-        and not _is_parametrized_bias(path)
+        and not is_parametrized_bias(path)
         and any(not is_bias(name) for name in module._parameters)
     )
-
-
-def _is_parametrized_bias(path: str) -> bool:
-    return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
 
 
 def revert(model: Model) -> Model:
@@ -273,7 +166,7 @@ def revert(model: Model) -> Model:
             _set_flag(module, False)
             for name in ("skip_gamma", "frozen_statistics", "_skip_programs"):
                 module.__dict__.pop(name, None)
-            module.__class__ = _stock_class(type(module))
+            module.__class__ = stock_class(type(module))
     return model
 
 
@@ -371,7 +264,7 @@ def describe(model: nn.Module) -> str:
     _check_module(model)
     root = _unwrap(model)
     kinds = Counter(
-        _stock_class(type(module)).__name__
+        stock_class(type(module)).__name__
         for module in root.modules()
         if isinstance(module, SkipLayer) and not isinstance(module, SkipModule)
     )
@@ -379,7 +272,7 @@ def describe(model: nn.Module) -> str:
     skipped = {id(parameter): parameter for parameter in _skipped_parameters(root)}
     trained = [p for p in root.parameters() if p.requires_grad and id(p) not in skipped]
     return (
-        f"{_stock_class(type(root)).__name__}: {layers}; in a skip step "
+        f"{stock_class(type(root)).__name__}: {layers}; in a skip step "
         f"{_count(skipped.values(), 'weight')} {'stands' if len(skipped) == 1 else 'stand'} still "
         f"and {_count(trained, 'bias')} {'trains' if len(trained) == 1 else 'train'}"
     )
@@ -430,46 +323,8 @@ def _skipped_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(module, SkipLayer):
             yield from module.skipped_parameters()
         if isinstance(module, SkipModule):
-            for owner, name in _weights(module):
+            for owner, name in weights(module):
                 yield owner._parameters[name]
-
-
-def _weights(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
-    """Skipped parameters of `root` and all inside, as (owner, name).
-
-    Those of drop-in layers too: a model may use a layer's weight without calling the layer.
-    """
-    for path, module in root.named_modules():
-        if isinstance(module, NORMS) and not root.skip_gamma:
-            continue
-        if _is_parametrized_bias(path):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not is_bias(name):
-                yield module, name
-
-
-@contextmanager
-def _detached(root: SkipModule) -> Iterator[None]:
-    """Swaps weights for detached ones, which share their storage."""
-    originals = [
-        (owner, name, owner._parameters[name])
-        for owner, name in _weights(root)
-        if getattr(owner, "skip_wgrad", True)  # a layer may be told to train all the same
-    ]
-    try:
-        for owner, name, parameter in originals:
-            _assign(owner, name, parameter.detach())
-        yield
-    finally:
-        for owner, name, parameter in originals:
-            _assign(owner, name, parameter)
-
-
-def _assign(owner: nn.Module, name: str, value: Any) -> None:
-    owner._parameters[name] = value
-    if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
-        owner._flat_weights[owner._flat_weights_names.index(name)] = value
 
 
 def _warn_if_pointless(root: nn.Module) -> None:
@@ -481,6 +336,6 @@ def _warn_if_pointless(root: nn.Module) -> None:
         )
     elif not any(p.requires_grad and id(p) not in skipped for p in root.parameters()):
         warnings.warn(
-            f"convert: {_stock_class(type(root)).__name__} has no bias: a skip step trains nothing",
+            f"convert: {stock_class(type(root)).__name__} has no bias: a skip step trains nothing",
             stacklevel=3,
         )
