@@ -86,6 +86,20 @@ TORCH_LIBRARY(wus, m) {
       "winograd_dgrad(Tensor grad_output, Tensor packed, Tensor? mask, SymInt in_channels, "
       "SymInt[2] input_size, int padding, int scheme, int prologue, Tensor? z=None, "
       "Tensor? batch_norm=None) -> (Tensor, Tensor)");
+
+  // Convolution with a stride on the CPU, on a weight packed beforehand (dilation 1, one group;
+  // float32, channels_last): 3x3 with stride 2 and padding 1, or 1x1 with any stride and no padding.
+  //
+  // weight [K, C, 3, 3] or [K, C, 1, 1], any strides -> float32 [36 | 1, *], for this process only.
+  m.def("strided_pack(Tensor weight, bool dgrad) -> Tensor");
+  // input [N, C, H, W] -> [N, K, H', W'], channels_last.
+  m.def(
+      "strided_forward(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "
+      "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding) -> Tensor");
+  // grad_output [N, K, H', W'] -> [N, in_channels, *input_size], channels_last.
+  m.def(
+      "strided_dgrad(Tensor grad_output, Tensor packed, SymInt in_channels, SymInt[2] input_size, "
+      "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding) -> Tensor");
 }
 
 namespace {

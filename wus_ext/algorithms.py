@@ -69,12 +69,10 @@ class Geometry:
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups, size, output)
 
 
-class Direct:
-    """oneDNN's own convolution and element-wise kernels that save masks."""
+class Unfused:
+    """A convolution and element-wise kernels that save masks; subclasses give the convolution."""
 
-    def __init__(self, geometry: Geometry, weight: Tensor) -> None:
-        self.geometry = geometry
-        self.weight = weight
+    geometry: Geometry
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         output = self._convolve(input, bias)
@@ -95,6 +93,24 @@ class Direct:
         mean, var = ops.batch_norm_stats(output)
         return output, mean, var
 
+    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
+        grad_z, _ = ops.batch_norm_grad_input(grad, z, *coefficients, mask, act=int(act))
+        return self.dgrad(grad_z)
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+class Direct(Unfused):
+    """oneDNN's own convolution."""
+
+    def __init__(self, geometry: Geometry, weight: Tensor) -> None:
+        self.geometry = geometry
+        self.weight = weight
+
     def dgrad(self, grad: Tensor) -> Tensor:
         g, weight = self.geometry, self.weight
         left_over = [
@@ -109,13 +125,29 @@ class Direct:
             grad, weight, None, g.stride, g.padding, g.dilation, True, left_over, g.groups
         )
 
-    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
-        grad_z, _ = ops.batch_norm_grad_input(grad, z, *coefficients, mask, act=int(act))
-        return self.dgrad(grad_z)
-
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
         g = self.geometry
         return aten.conv2d(input, self.weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
+class Strided(Unfused):
+    """3x3 with stride 2 or 1x1 with any stride, on weights that were packed before."""
+
+    def __init__(
+        self, conv: nn.Conv2d, geometry: Geometry, packed: Tensor, rotated: Tensor
+    ) -> None:
+        self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
+        self.geometry = geometry
+        self.window = conv.kernel_size, geometry.stride, geometry.padding
+        self.packed = packed
+        self.rotated = rotated
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        size = self.geometry.input_size
+        return ops.strided_dgrad(grad, self.rotated, self.in_channels, size, *self.window)
+
+    def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.strided_forward(input, self.packed, bias, self.out_channels, *self.window)
 
 
 class Winograd:
@@ -184,7 +216,7 @@ class Winograd:
         )
 
 
-Algorithm = Direct | Winograd
+Algorithm = Direct | Strided | Winograd
 
 
 def masked(
@@ -224,6 +256,12 @@ def choose(
         if packed.fits(key, lambda s=scheme: packed_nbytes(conv.weight, s)):
             copies = packed.get(key, sources, partial(_transform, weight, scheme))
             return Winograd(conv, geometry, scheme, *copies)
+    if suits_strided(conv, geometry, options.algo):
+        key = (conv, "strided", len(sources))
+        if packed.fits(key, lambda: strided_nbytes(conv.weight)):
+            return Strided(
+                conv, geometry, *packed.get(key, sources, partial(_pack_strided, weight))
+            )
     if sources == (conv.weight,):
         return Direct(geometry, conv.weight.detach())
     return Direct(geometry, *packed.get((conv, "folded"), sources, lambda: (weight(),)))
@@ -232,6 +270,26 @@ def choose(
 def _transform(weight: Callable[[], Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
     made = weight()
     return ops.winograd_pack(made, False, int(scheme)), ops.winograd_pack(made, True, int(scheme))
+
+
+def _pack_strided(weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    made = weight()
+    return ops.strided_pack(made, False), ops.strided_pack(made, True)
+
+
+def suits_strided(conv: nn.Conv2d, geometry: Geometry, algo: str) -> bool:
+    """Whether a layer's convolution is one that wus::strided_forward does, and does faster."""
+    if algo == "direct" or geometry.groups != 1 or conv.in_channels < 16 or conv.out_channels < 16:
+        return False
+    if conv.kernel_size == (1, 1):
+        return geometry.padding == (0, 0) and max(geometry.stride) > 1
+    return (
+        conv.kernel_size == (3, 3)
+        and geometry.stride == (2, 2)
+        and geometry.padding == (1, 1)
+        and geometry.dilation == (1, 1)
+        and min(geometry.output_size) >= 3
+    )
 
 
 def schemes(conv: nn.Conv2d, geometry: Geometry, algo: str) -> list[Scheme]:
@@ -256,5 +314,14 @@ def schemes(conv: nn.Conv2d, geometry: Geometry, algo: str) -> list[Scheme]:
 
 def packed_nbytes(weight: Tensor, scheme: Scheme) -> int:
     """Bytes of a weight's two transformed copies, for the forward pass and the data gradient."""
+    return _nbytes(weight, partial(ops.winograd_pack, scheme=int(scheme)))
+
+
+def strided_nbytes(weight: Tensor) -> int:
+    """Bytes of a weight's two packed copies for :class:`Strided`."""
+    return _nbytes(weight, ops.strided_pack)
+
+
+def _nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:
     shape_only = torch.empty_like(weight, device="meta")
-    return sum(ops.winograd_pack(shape_only, dgrad, int(scheme)).nbytes for dgrad in (False, True))
+    return sum(pack(shape_only, dgrad=dgrad).nbytes for dgrad in (False, True))

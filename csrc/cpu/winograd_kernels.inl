@@ -110,31 +110,31 @@ WUS_INLINE void input_block(const WinogradInput& in, const Pixel* pixels, const 
   const ChannelVectors vectors = load_vectors<kSource, kFull>(in, channel, n);
   Vec half[kPoints][kPatch];
   Vec sum = zero();
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int j = 0; j < kPatch; ++j) {
     Vec column[kPatch], transformed[kPoints];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < kPatch; ++i) {
       column[i] = load_pixel<kSource, kFull>(in, pixels[i * kPatch + j], vectors, channel, n);
     }
     if (j >= owned.first_col && j < owned.last_col) {
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < kPatch; ++i) {
         if (i >= owned.first_row && i < owned.last_row) sum += column[i];
       }
     }
     Scheme::input(column, transformed);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < kPoints; ++i) half[i][j] = transformed[i];
   }
   if (sums != nullptr) {
     store_block<kFull>(sums + channel, load_block<kFull>(sums + channel, n) + sum, n);
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int i = 0; i < kPoints; ++i) {
     Vec transformed[kPoints];
     Scheme::input(half[i], transformed);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int j = 0; j < kPoints; ++j) {
       store(v + (i * kPoints + j) * plane + channel, transformed[j]);
     }
@@ -200,21 +200,21 @@ WUS_INLINE void output_block(const WinogradOutput& out, const TilePlace& place, 
                              int n, const float* m, int64_t plane, float* stats, bool first) {
   constexpr int kTile = Scheme::kTile, kPoints = Scheme::kPoints;
   Vec half[kTile][kPoints];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int j = 0; j < kPoints; ++j) {
     Vec column[kPoints], transformed[kTile];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < kPoints; ++i) column[i] = load(m + (i * kPoints + j) * plane + channel);
     Scheme::output(column, transformed);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i) half[i][j] = transformed[i];
   }
   const Vec bias = out.bias ? load_block<kFull>(out.bias + channel, n) : zero();
   Vec y[kTile][kTile];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
     Scheme::output(half[i], y[i]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j) y[i][j] += bias;
   }
 
@@ -241,9 +241,9 @@ WUS_INLINE void output_block(const WinogradOutput& out, const TilePlace& place, 
     sum = first ? zero() : load_block<kFull>(stats + out.channels + channel, n);
     squares = first ? zero() : load_block<kFull>(stats + 2 * out.channels + channel, n);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j) {
       const int64_t row = place.row + i, col = place.col + j;
       if (row >= out.height || col >= out.width) continue;
@@ -317,15 +317,15 @@ static void transform_weight(const WinogradWeight& w, int64_t columns, int64_t f
 #pragma GCC unroll 3
           for (int i = 0; i < 3; ++i) column[i] = load(taps[k][i * 3 + j] + side * kWidth);
           Scheme::weight(column, transformed);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int i = 0; i < kPoints; ++i) half[i][j] = transformed[i];
         }
         float* to = packed + (k0 + k) * kPanel + side * kWidth;
-#pragma GCC unroll 6
+#pragma GCC unroll 9
         for (int i = 0; i < kPoints; ++i) {
           Vec transformed[kPoints];
           Scheme::weight(half[i], transformed);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int j = 0; j < kPoints; ++j) store(to + (i * kPoints + j) * plane, transformed[j]);
         }
       }

@@ -4,12 +4,11 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "gemm_kernels.h"
+#include "scratch.h"
 
 namespace wus::cpu {
 
@@ -22,24 +21,6 @@ int64_t plane_size(int64_t inputs, int64_t outputs) {
 
 namespace {
 
-// Scratch memory of this thread: it only grows, and is freed with the thread.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<float, Free> memory;
-  static thread_local int64_t size = 0;
-  if (size < floats) {
-    size = 0;
-    memory.reset();
-    const int64_t rounded = divide_up(floats, 16) * 16;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, rounded * sizeof(float))));
-    TORCH_CHECK(memory != nullptr, "winograd: no memory for ", rounded, " floats of scratch");
-    size = rounded;
-  }
-  return memory.get();
-}
-
 // A convolution and what its tiles add up. Sums are kept per chunk of tiles and added in order, so
 // that they depend neither on the number of threads nor on their timing.
 struct Work : Convolution {
@@ -47,9 +28,6 @@ struct Work : Convolution {
   float* sums;   // [chunks][channels], or null
   float* stats;  // [chunks][3][channels], or null
 };
-
-// Rows that are multiples of 4 KiB apart would share cache sets.
-int64_t padded_row(int64_t channels) { return divide_up(channels, 32) * 32 + 16; }
 
 struct Schedule {
   bool spread;  // whether a GEMM over many tiles is spread over threads, or each has its own tiles

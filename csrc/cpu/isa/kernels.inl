@@ -7,3 +7,4 @@
 #include "../gemm_kernels.inl"
 #include "../winograd_schemes.inl"
 #include "../winograd_kernels.inl"
+#include "../strided_kernels.inl"
