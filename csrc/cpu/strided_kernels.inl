@@ -1,4 +1,5 @@
 #include "strided_kernels.h"
+#include "winograd_kernels.inl"
 
 namespace wus::cpu::WUS_ISA {
 

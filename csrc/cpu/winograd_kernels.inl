@@ -1,4 +1,7 @@
+#pragma once
+
 #include "winograd_kernels.h"
+#include "winograd_schemes.inl"
 
 namespace wus::cpu::WUS_ISA {
 

@@ -1,3 +1,5 @@
+#pragma once
+
 namespace wus::cpu::WUS_ISA {
 
 // One dimension of each scheme: y = At [(G g) * (Bt d)] with kPatch inputs d, kPoints products and
