@@ -88,8 +88,7 @@ TORCH_LIBRARY(wus, m) {
       "Tensor? batch_norm=None) -> (Tensor, Tensor)");
 
   // Convolution with a stride on the CPU, on a weight packed beforehand (dilation 1, one group;
-  // float32, channels_last): 3x3 with stride 2 and padding 1, or 1x1 with any stride and no
-  // padding.
+  // float32, channels_last): 3x3 with stride 2 and padding 1, or 1x1 with any stride, unpadded.
   //
   // weight [K, C, 3, 3] or [K, C, 1, 1], any strides -> float32 [36 | 1, *], for this process only.
   m.def("strided_pack(Tensor weight, bool dgrad) -> Tensor");

@@ -284,7 +284,8 @@ def suits_strided(conv: nn.Conv2d, geometry: Geometry, algo: str) -> bool:
     if conv.kernel_size == (1, 1):
         return geometry.padding == (0, 0) and max(geometry.stride) > 1
     return (
-        conv.kernel_size == (3, 3)
+        algo != "f2"  # the polyphase transform rounds as F(4x4, 3x3) does
+        and conv.kernel_size == (3, 3)
         and geometry.stride == (2, 2)
         and geometry.padding == (1, 1)
         and geometry.dilation == (1, 1)
