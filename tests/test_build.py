@@ -19,10 +19,18 @@ PACKAGE = Path(wus_ext.__file__).parent
 HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 
+# An editable installation would lend its own extension to a copy that has none.
+IMPORT = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+import wus_ext
+"""
+
+
 def imported_from(folder: Path) -> subprocess.CompletedProcess:
     """`import wus_ext` from a folder, in a Python of its own."""
     return subprocess.run(
-        [sys.executable, "-c", "import wus_ext"],
+        [sys.executable, "-c", IMPORT],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
