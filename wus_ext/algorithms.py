@@ -1,4 +1,4 @@
-"""Convolutions with frozen weights: how one is computed, forward and data gradient.
+"""Convolutions and products with frozen weights: forward and data gradient.
 
 An algorithm is made for one layer, one input size and one window, holds the weights in the form it
 needs, and is shared by the chains of :mod:`wus_ext.chains`. All take and give float32 tensors in
@@ -7,12 +7,14 @@ channels_last.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .options import SkipOptions
@@ -69,7 +71,7 @@ class Geometry:
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups, size, output)
 
 
-class Unfused:
+class Unfused(ABC):
     """A convolution and element-wise kernels that save masks; subclasses give the convolution."""
 
     geometry: Geometry
@@ -97,11 +99,13 @@ class Unfused:
         grad_z, _ = ops.batch_norm_grad_input(grad, z, *coefficients, mask, act=int(act))
         return self.dgrad(grad_z)
 
+    @abstractmethod
     def dgrad(self, grad: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The gradient of the input."""
 
+    @abstractmethod
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The convolution, alone."""
 
 
 class Direct(Unfused):
@@ -326,3 +330,51 @@ def strided_nbytes(weight: Tensor) -> int:
 def _nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:
     shape_only = torch.empty_like(weight, device="meta")
     return sum(pack(shape_only, dgrad=dgrad).nbytes for dgrad in (False, True))
+
+
+class FrozenProduct:
+    """x @ weight.T and grad @ weight, with the weight packed by oneDNN where that pays."""
+
+    #: Below this many values per weight a packed copy gains nothing.
+    WORTH_PACKING = 1 << 18
+
+    def __init__(self, weight: Tensor, packed: tuple[Tensor, ...]) -> None:
+        self.weight = weight
+        self.packed = packed
+
+    @classmethod
+    def of(cls, linear: nn.Linear, input: Tensor, packed: PackedWeights) -> FrozenProduct:
+        weight = linear.weight.detach()
+        key = (linear, "linear", input.size(0))
+        if (
+            weight.numel() < cls.WORTH_PACKING
+            or not torch.backends.mkldnn.enabled
+            or not torch.backends.mkldnn.is_available()
+            or not packed.fits(key, lambda: 2 * weight.nbytes)
+        ):
+            return cls(weight, ())
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+
+        def pack() -> tuple[Tensor, Tensor]:
+            rows = input.size(0)
+            return (
+                reorder(weight.contiguous(), rows),
+                reorder(weight.t().contiguous(), rows),
+            )
+
+        return cls(weight, packed.get(key, (linear.weight,), pack))
+
+    def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.packed:
+            return F.linear(input, self.weight, bias)
+        return self._product(input, self.packed[0], bias)
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        if not self.packed:
+            return grad @ self.weight
+        return self._product(grad, self.packed[1], None)
+
+    @staticmethod
+    def _product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        return pointwise(input.contiguous(), packed, bias, "none", [], "")

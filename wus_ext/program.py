@@ -172,7 +172,7 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            raise NotImplementedError("forward makes a tensor that tracing would take for constant")
+            raise fx.proxy.TraceError("forward makes a tensor that tracing would take for constant")
         return super().create_arg(a)
 
     def is_leaf_module(self, module: nn.Module, qualname: str) -> bool:

@@ -1,0 +1,194 @@
+"""What the fused chains save for backward, and what their backward computes.
+
+Autograd functions over the C++ kernels; all tensors are float32, images channels_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from . import nn as skip_nn
+from .algorithms import Act, masked
+
+ops = torch.ops.wus
+
+
+def _first_order(backward: Callable) -> Callable:
+    """A backward without a derivative of its own says so, whatever was asked to require one."""
+
+    @wraps(backward)
+    def checked(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a fused skip step has no second derivative (create_graph=True); "
+                "convert the model with fuse=False"
+            )
+        return backward(ctx, grad)
+
+    return checked
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.contiguous(memory_format=torch.channels_last)
+
+
+class ConvAct(torch.autograd.Function):
+    """act(conv(input) + bias); saves the mask."""
+
+    @staticmethod
+    def forward(ctx, input, bias, algorithm, act):
+        output, mask = algorithm.forward(input, bias, act)
+        ctx.save_for_backward(mask)
+        ctx.algorithm, ctx.act = algorithm, act
+        return output
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        need_input, need_bias = ctx.needs_input_grad[:2]
+        grad_input, grad_bias = ctx.algorithm.backward(
+            _dense(grad), mask, ctx.act, need_input, need_bias
+        )
+        return grad_input, grad_bias if need_bias else None, None, None
+
+
+class ConvAddAct(torch.autograd.Function):
+    """act(conv(input) + bias + residual); saves the mask."""
+
+    @staticmethod
+    def forward(ctx, input, bias, residual, algorithm, act):
+        output, _ = algorithm.forward(input, bias, Act.NONE)
+        mask = None
+        if act == Act.RELU:
+            output, mask = ops.add_relu_mask(output, residual)
+        else:
+            output += residual
+        ctx.save_for_backward(mask)
+        ctx.algorithm, ctx.act = algorithm, act
+        return output
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        need_input, need_bias, need_residual = ctx.needs_input_grad[:3]
+        algorithm = ctx.algorithm
+        size = tuple(grad.shape[2:])
+        grad, grad_bias = masked(
+            _dense(grad), mask, ctx.act, size, need_input or need_residual, need_bias
+        )
+        return (
+            algorithm.dgrad(grad) if need_input else None,
+            grad_bias if need_bias else None,
+            grad if need_residual else None,
+            None,
+            None,
+        )
+
+
+class ConvNormAct(torch.autograd.Function):
+    """act(batch_norm(conv(input) + bias) + residual) with batch statistics.
+
+    Saves the convolution's output, which the statistics' gradient needs, and the mask. A bias in
+    front of batch statistics has no influence: its gradient is exactly zero.
+    """
+
+    @staticmethod
+    def forward(ctx, input, bias, gamma, beta, residual, algorithm, norm, act):
+        z, mean, var = algorithm.forward_stats(input, bias)
+        count = z.numel() // z.size(1)
+        momentum = skip_nn.count_batch(norm)
+        if norm.training and norm.running_mean is not None:
+            ops.batch_norm_update_running(
+                norm.running_mean, norm.running_var, mean, var, momentum, count
+            )
+        scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
+        output, mask = ops.batch_norm_apply(z, scale, shift, residual, int(act))
+        mask = None if act == Act.NONE else mask
+        ctx.save_for_backward(z, mask, mean, invstd, gamma)
+        ctx.algorithm, ctx.act, ctx.count, ctx.has_bias = algorithm, act, count, bias is not None
+        return output
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, grad):
+        z, mask, mean, invstd, gamma = ctx.saved_tensors
+        need_input, need_bias, need_gamma, need_beta, need_residual = ctx.needs_input_grad[:5]
+        act, algorithm = ctx.act, ctx.algorithm
+        grad = _dense(grad)
+        sums = ops.batch_norm_grad_sums(grad, z, mean, mask, act=int(act))
+        *coefficients, grad_beta, grad_gamma = ops.batch_norm_grad_coefficients(
+            *sums, mean, invstd, gamma, ctx.count
+        )
+        grad_input = grad_residual = None
+        if need_residual and act == Act.RELU:
+            grad, mask, act = ops.apply_mask(grad, mask), None, Act.NONE
+        if need_residual:
+            grad_residual = grad
+        if need_input:
+            grad_input = algorithm.dgrad_norm(grad, z, coefficients, mask, act)
+        grad_bias = torch.zeros_like(mean) if need_bias else None
+        return (
+            grad_input,
+            grad_bias,
+            grad_gamma if need_gamma else None,
+            grad_beta if need_beta else None,
+            grad_residual,
+            None,
+            None,
+            None,
+        )
+
+
+class LinearAct(torch.autograd.Function):
+    """dropout(relu(linear(input))); saves one bit an element."""
+
+    @staticmethod
+    def forward(ctx, input, bias, product, relu, p):
+        output = product.forward(input, bias)
+        mask = None
+        if relu and p > 0.0:
+            output, mask = ops.relu_dropout_mask(output, p)
+        elif relu:
+            output, mask = ops.relu_mask_(output)
+        ctx.save_for_backward(mask)
+        ctx.product, ctx.p = product, p
+        return output
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        need_input, need_bias = ctx.needs_input_grad[:2]
+        grad = grad.contiguous()
+        grad_bias = None
+        if ctx.p > 0.0:
+            grad = ops.apply_mask(grad, mask, 1.0 / (1.0 - ctx.p))
+            mask = None
+        if mask is not None or need_bias:
+            masked_grad, grad_bias = ops.mask_bias_grad(grad, mask, mask is not None and need_input)
+            grad = masked_grad if mask is not None else grad
+        grad_input = ctx.product.dgrad(grad) if need_input else None
+        return grad_input, grad_bias if need_bias else None, None, None, None
+
+
+class Dropout(torch.autograd.Function):
+    """Dropout that saves one bit an element; the same random numbers as stock's."""
+
+    @staticmethod
+    def forward(ctx, input, p):
+        output, mask = ops.dropout_mask(input, p)
+        ctx.save_for_backward(mask)
+        ctx.p = p
+        return output
+
+    @staticmethod
+    @_first_order
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return ops.apply_mask(grad.contiguous(), mask, 1.0 / (1.0 - ctx.p)), None
