@@ -138,7 +138,7 @@ class Strided(Unfused):
     """3x3 with stride 2 or 1x1 with any stride, on weights that were packed before."""
 
     def __init__(
-        self, conv: nn.Conv2d, geometry: Geometry, packed: Tensor, rotated: Tensor
+        self, conv: nn.Conv2d, geometry: Geometry, packed: Tensor, rotated: Tensor | None
     ) -> None:
         self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
         self.geometry = geometry
@@ -158,7 +158,12 @@ class Winograd:
     """3x3, stride 1, on weights that were transformed and packed before."""
 
     def __init__(
-        self, conv: nn.Conv2d, geometry: Geometry, scheme: Scheme, packed: Tensor, rotated: Tensor
+        self,
+        conv: nn.Conv2d,
+        geometry: Geometry,
+        scheme: Scheme,
+        packed: Tensor,
+        rotated: Tensor | None,
     ) -> None:
         self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
         self.input_size = geometry.input_size
@@ -248,37 +253,45 @@ def choose(
     sources: tuple[Tensor, ...],
     options: SkipOptions,
     packed: PackedWeights,
+    backward: bool = True,
 ) -> Algorithm:
     """The algorithm for one layer: what `options.algo` asks for, as far as layer and budget allow.
 
     Args:
         weight: gives the weight, or one with a frozen normalisation folded in.
         sources: the tensors that `weight` was made from; when one changes, so does the copy.
+        backward: whether a data gradient will be asked for.
     """
     for scheme in schemes(conv, geometry, options.algo):
-        key = (conv, scheme, len(sources))
-        if packed.fits(key, lambda s=scheme: packed_nbytes(conv.weight, s)):
-            copies = packed.get(key, sources, partial(_transform, weight, scheme))
+        pack = partial(ops.winograd_pack, scheme=int(scheme))
+        if copies := _packed(packed, (conv, scheme), conv.weight, weight, sources, pack, backward):
             return Winograd(conv, geometry, scheme, *copies)
     if suits_strided(conv, geometry, options.algo):
-        key = (conv, "strided", len(sources))
-        if packed.fits(key, lambda: strided_nbytes(conv.weight)):
-            return Strided(
-                conv, geometry, *packed.get(key, sources, partial(_pack_strided, weight))
-            )
+        pack = ops.strided_pack
+        if copies := _packed(packed, (conv, None), conv.weight, weight, sources, pack, backward):
+            return Strided(conv, geometry, *copies)
     if sources == (conv.weight,):
         return Direct(geometry, conv.weight.detach())
-    return Direct(geometry, *packed.get((conv, "folded"), sources, lambda: (weight(),)))
+    return Direct(geometry, packed.get((conv, "folded"), sources, weight))
 
 
-def _transform(weight: Callable[[], Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
-    made = weight()
-    return ops.winograd_pack(made, False, int(scheme)), ops.winograd_pack(made, True, int(scheme))
-
-
-def _pack_strided(weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    made = weight()
-    return ops.strided_pack(made, False), ops.strided_pack(made, True)
+def _packed(
+    packed: PackedWeights,
+    key: tuple,
+    shaped: Tensor,
+    weight: Callable[[], Tensor],
+    sources: tuple[Tensor, ...],
+    pack: Callable[..., Tensor],
+    backward: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """A weight packed for the forward pass and the data gradient, or None over the budget."""
+    keys = [(*key, len(sources), direction) for direction in ("forward", "dgrad")]
+    if not packed.fits(keys, lambda: packed_nbytes(shaped, pack)):
+        return None
+    forward = packed.get(keys[0], sources, lambda: pack(weight(), False))
+    if not backward:
+        return forward, None
+    return forward, packed.get(keys[1], sources, lambda: pack(weight(), True))
 
 
 def suits_strided(conv: nn.Conv2d, geometry: Geometry, algo: str) -> bool:
@@ -317,19 +330,10 @@ def schemes(conv: nn.Conv2d, geometry: Geometry, algo: str) -> list[Scheme]:
     return [Scheme.F4, Scheme.F2]
 
 
-def packed_nbytes(weight: Tensor, scheme: Scheme) -> int:
-    """Bytes of a weight's two transformed copies, for the forward pass and the data gradient."""
-    return _nbytes(weight, partial(ops.winograd_pack, scheme=int(scheme)))
-
-
-def strided_nbytes(weight: Tensor) -> int:
-    """Bytes of a weight's two packed copies for :class:`Strided`."""
-    return _nbytes(weight, ops.strided_pack)
-
-
-def _nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:
+def packed_nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:
+    """Bytes of a weight's two packed copies, for the forward pass and the data gradient."""
     shape_only = torch.empty_like(weight, device="meta")
-    return sum(pack(shape_only, dgrad=dgrad).nbytes for dgrad in (False, True))
+    return sum(pack(shape_only, dgrad).nbytes for dgrad in (False, True))
 
 
 class FrozenProduct:
@@ -343,26 +347,26 @@ class FrozenProduct:
         self.packed = packed
 
     @classmethod
-    def of(cls, linear: nn.Linear, input: Tensor, packed: PackedWeights) -> FrozenProduct:
+    def of(
+        cls, linear: nn.Linear, input: Tensor, packed: PackedWeights, backward: bool
+    ) -> FrozenProduct:
         weight = linear.weight.detach()
-        key = (linear, "linear", input.size(0))
+        keys = [(linear, direction) for direction in ("forward", "dgrad")]
         if (
             weight.numel() < cls.WORTH_PACKING
             or not torch.backends.mkldnn.enabled
             or not torch.backends.mkldnn.is_available()
-            or not packed.fits(key, lambda: 2 * weight.nbytes)
+            or not packed.fits(keys, lambda: 2 * weight.nbytes)
         ):
             return cls(weight, ())
         reorder = torch.ops.mkldnn._reorder_linear_weight
-
-        def pack() -> tuple[Tensor, Tensor]:
-            rows = input.size(0)
-            return (
-                reorder(weight.contiguous(), rows),
-                reorder(weight.t().contiguous(), rows),
+        rows, sources = input.size(0), (linear.weight,)
+        copies = [packed.get(keys[0], sources, lambda: reorder(weight.contiguous(), rows))]
+        if backward:
+            copies.append(
+                packed.get(keys[1], sources, lambda: reorder(weight.t().contiguous(), rows))
             )
-
-        return cls(weight, packed.get(key, (linear.weight,), pack))
+        return cls(weight, tuple(copies))
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if not self.packed:

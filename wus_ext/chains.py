@@ -88,7 +88,7 @@ class ConvChain:
         geometry = Geometry.of(conv, input)
         weight, sources = conv.weight.detach, (conv.weight,)
         if norm is not None and skip_nn.uses_batch_statistics(norm):
-            algorithm = self._choose(geometry, weight, sources)
+            algorithm = self._choose(input, geometry, weight, sources)
             gamma = norm.weight
             if gamma is not None and getattr(norm, "skip_wgrad", False):
                 gamma = gamma.detach()
@@ -98,15 +98,21 @@ class ConvChain:
         bias = conv.bias
         if norm is not None:
             weight, bias, sources = fold(conv, norm)
-        algorithm = self._choose(geometry, weight, sources)
+        algorithm = self._choose(input, geometry, weight, sources)
         if residual is not None:
             return ConvAddAct.apply(input, bias, residual, algorithm, self.act)
         return ConvAct.apply(input, bias, algorithm, self.act)
 
     def _choose(
-        self, geometry: Geometry, weight: Callable[[], Tensor], sources: tuple
+        self,
+        input: Tensor,
+        geometry: Geometry,
+        weight: Callable[[], Tensor],
+        sources: tuple[Tensor, ...],
     ) -> Algorithm:
-        return choose(self.conv, geometry, weight, sources, self.options, self.packed)
+        return choose(
+            self.conv, geometry, weight, sources, self.options, self.packed, wants_dgrad(input)
+        )
 
 
 @dataclass
@@ -133,7 +139,7 @@ class LinearChain:
             for layer in self.layers:
                 input = layer(input)
             return input
-        product = FrozenProduct.of(linear, input, self.packed)
+        product = FrozenProduct.of(linear, input, self.packed, wants_dgrad(input))
         return LinearAct.apply(input, linear.bias, product, self.relu, p)
 
 
@@ -163,6 +169,11 @@ def runs_fused(*tensors: Tensor | None) -> bool:
         )
         for tensor in tensors
     )
+
+
+def wants_dgrad(input: Tensor) -> bool:
+    """Whether backward will be asked for the gradient of `input`."""
+    return input.requires_grad and torch.is_grad_enabled()
 
 
 def fold(

@@ -44,6 +44,10 @@ class SkipOptions:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}: expected True or False, got {value!r}")
+        if self.norm == "frozen" and not self.skip_gamma:
+            raise ValueError(
+                "norm='frozen' needs skip_gamma=True: a layer that trains is not frozen"
+            )
         budget = self.memory_budget
         if budget is not None and (not isinstance(budget, int) or budget < 0):
             raise ValueError(

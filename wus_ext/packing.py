@@ -16,7 +16,7 @@ from torch import Tensor
 @dataclass
 class _Copy:
     stamp: tuple
-    tensors: tuple[Tensor, ...]
+    tensor: Tensor
 
 
 class PackedWeights:
@@ -34,30 +34,31 @@ class PackedWeights:
         self,
         key: Hashable,
         sources: tuple[Tensor, ...],
-        make: Callable[[], tuple[Tensor, ...]],
-    ) -> tuple[Tensor, ...]:
+        make: Callable[[], Tensor],
+    ) -> Tensor:
         """The copy named `key`, made by `make` unless `sources` are what they were."""
         stamp = tuple((source.data_ptr(), source._version) for source in sources)
         copy = self._copies.get(key)
         if copy is None or copy.stamp != stamp:
             self._copies.pop(key, None)
             copy = self._copies[key] = _Copy(stamp, make())
-        return copy.tensors
+        return copy.tensor
 
-    def fits(self, key: Hashable, nbytes: Callable[[], int]) -> bool:
-        """Whether a copy of `nbytes()` may be made, or has been."""
-        if self.budget is None or key in self._copies:
+    def fits(self, keys: list[Hashable], nbytes: Callable[[], int]) -> bool:
+        """Whether copies of `nbytes()` together may be made; what `keys` name is made again."""
+        if self.budget is None:
             return True
-        return self.nbytes() + nbytes() <= self.budget
+        others = sum(_nbytes(copy) for key, copy in self._copies.items() if key not in keys)
+        return others + nbytes() <= self.budget
 
     def nbytes(self) -> int:
         """Bytes that the copies take."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for copy in self._copies.values()
-            for tensor in copy.tensors
-        )
+        return sum(map(_nbytes, self._copies.values()))
 
     def clear(self) -> None:
         """Drops every copy; a graph that still needs one keeps it until its backward has run."""
         self._copies.clear()
+
+
+def _nbytes(copy: _Copy) -> int:
+    return copy.tensor.numel() * copy.tensor.element_size()
