@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext  # noqa: F401  (registers torch.ops.wus)
-from wus_ext.algorithms import strided_nbytes
+from wus_ext.algorithms import packed_nbytes
 
 wus = torch.ops.wus
 
@@ -131,7 +131,7 @@ def test_bits_do_not_depend_on_threads(name):
 def test_nbytes_tells_what_packing_takes(kernel):
     weight = torch.randn(64, 96, kernel, kernel)
     packed = sum(wus.strided_pack(weight, dgrad).nbytes for dgrad in (False, True))
-    assert strided_nbytes(weight) == packed
+    assert packed_nbytes(weight, torch.ops.wus.strided_pack) == packed
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
