@@ -111,7 +111,7 @@ class ConvNormAct(torch.autograd.Function):
         output, mask = ops.batch_norm_apply(z, scale, shift, residual, int(act))
         mask = None if act == Act.NONE else mask
         ctx.save_for_backward(z, mask, mean, invstd, gamma)
-        ctx.algorithm, ctx.act, ctx.count, ctx.has_bias = algorithm, act, count, bias is not None
+        ctx.algorithm, ctx.act, ctx.count = algorithm, act, count
         return output
 
     @staticmethod

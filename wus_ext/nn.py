@@ -169,6 +169,3 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: GroupNorm,
     nn.LayerNorm: LayerNorm,
 }
-
-#: Drop-ins whose weight is a normalisation's gamma.
-NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, LayerNorm)

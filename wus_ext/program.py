@@ -61,7 +61,6 @@ class Program:
         namespace = dict(code.globals)
         exec(compile(code.src, f"<skip program of {type(model).__name__}>", "exec"), namespace)
         self._run = namespace["forward"]
-        self.code = code.src
 
     def __call__(self, model: nn.Module, input: Tensor) -> Any:
         channels_last = _is_channels_last(input) or any(
