@@ -8,9 +8,9 @@
 
 TORCH_LIBRARY(wus, m) {
   m.def(
-      "conv2d(Tensor input, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, "
-      "SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, bool skip_wgrad=False) -> "
-      "Tensor");
+      "convolution(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, *, "
+      "bool skip_wgrad=False) -> Tensor");
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? bias=None, *, bool skip_wgrad=False) -> Tensor");
 

@@ -22,12 +22,26 @@ TOLERANCE = {
 class ConvCase:
     name: str
     input: tuple[int, ...]
-    weight: tuple[int, int, int, int]
+    weight: tuple[int, ...]
     bias: bool = True
     options: dict = field(default_factory=dict)
+    transposed: bool = False
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def dims(self) -> int:
+        return len(self.weight) - 2
+
+    @property
+    def op(self) -> str:
+        """The name of the function in torch.nn.functional and in wus_ext.functional."""
+        return f"conv{'_transpose' * self.transposed}{self.dims}d"
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight[1] * self.options.get("groups", 1) if self.transposed else self.weight[0]
 
 
 CONV_CASES = [
@@ -54,7 +68,38 @@ CONV_CASES = [
     ConvCase("one_channel", (2, 1, 6, 6), (1, 1, 3, 3), options={"padding": 1}),
     ConvCase("batch_of_1", (1, 16, 4, 4), (16, 16, 3, 3), options={"padding": 1}),
     ConvCase("empty_batch", (0, 4, 8, 8), (6, 4, 3, 3), options={"padding": 1}),
+    ConvCase("1d", (2, 4, 9), (6, 4, 3), options={"padding": 1}),
+    ConvCase("1d_strided", (2, 4, 10), (6, 2, 3), options={"stride": 3, "groups": 2}),
+    ConvCase("1d_same", (2, 4, 9), (6, 4, 4), bias=False, options={"padding": "same"}),
+    ConvCase("1d_unbatched", (4, 9), (6, 4, 3), options={"dilation": 2}),
+    ConvCase("3d", (2, 4, 5, 6, 4), (6, 4, 3, 3, 3), options={"padding": 1}),
+    ConvCase(
+        "3d_strided", (1, 4, 6, 7, 5), (4, 2, 2, 3, 1), options={"stride": (1, 2, 3), "groups": 2}
+    ),
+    ConvCase("3d_same", (1, 2, 5, 4, 4), (3, 2, 2, 3, 4), bias=False, options={"padding": "same"}),
+    ConvCase("3d_unbatched", (2, 5, 6, 7), (3, 2, 2, 2, 2), options={"dilation": (1, 2, 1)}),
 ]
+
+#: Weights are (in, out / groups, ...).
+CONV_TRANSPOSE_CASES = [
+    ConvCase(f"transposed_{name}", input, weight, bias, options, transposed=True)
+    for name, input, weight, bias, options in [
+        ("1d", (2, 4, 7), (4, 6, 3), True, {"stride": 2, "output_padding": 1}),
+        ("1d_unbatched", (4, 7), (4, 6, 3), True, {}),
+        ("2d", (2, 4, 5, 6), (4, 6, 2, 2), True, {"stride": 2}),
+        ("2d_no_bias", (2, 4, 5, 6), (4, 6, 3, 3), False, {"padding": 1}),
+        ("2d_output_padding", (2, 4, 5, 6), (4, 6, 3, 3), True,
+         {"stride": (2, 3), "padding": 1, "output_padding": (1, 2)}),
+        ("2d_output_padding_over_stride", (2, 4, 5, 6), (4, 6, 3, 3), True,
+         {"stride": 2, "dilation": 4, "output_padding": 3}),
+        ("2d_groups", (2, 4, 5, 6), (4, 3, 3, 2), True, {"groups": 2, "stride": 2}),
+        ("2d_depthwise", (2, 4, 5, 6), (4, 1, 3, 3), True, {"groups": 4}),
+        ("2d_empty_batch", (0, 4, 5, 6), (4, 6, 3, 3), True, {}),
+        ("3d", (2, 4, 3, 4, 3), (4, 6, 2, 3, 2), True, {"stride": (1, 2, 2)}),
+        ("3d_groups", (1, 4, 3, 4, 3), (4, 2, 2, 2, 2), True,
+         {"groups": 2, "stride": 2, "output_padding": 1}),
+    ]
+]  # fmt: skip
 
 LINEAR_SHAPES = {
     "2d": (5, 12),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.cases import (
     CONV_CASES,
+    CONV_TRANSPOSE_CASES,
     DEVICES,
     DTYPES,
     LINEAR_SHAPES,
@@ -18,13 +21,19 @@ from tests.cases import (
 from wus_ext import functional, reference
 
 ids = str
+CONVOLUTIONS = CONV_CASES + CONV_TRANSPOSE_CASES
 
 
 def operands(case: ConvCase, dtype=torch.float32, device="cpu"):
     input = torch.randn(case.input, dtype=dtype, device=device)
     weight = torch.randn(case.weight, dtype=dtype, device=device)
-    bias = torch.randn(case.weight[0], dtype=dtype, device=device) if case.bias else None
+    bias = torch.randn(case.out_channels, dtype=dtype, device=device) if case.bias else None
     return input, weight, bias
+
+
+def both(case: ConvCase):
+    """The operator of a case and its twin."""
+    return getattr(functional, case.op), getattr(reference, case.op)
 
 
 def leaves(*tensors):
@@ -57,20 +66,18 @@ def check_against_twin(op, twin, input, weight, bias, **options):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("case", CONV_CASES, ids=ids)
-def test_conv2d_equals_stock(case, dtype, device):
-    check_against_twin(
-        functional.conv2d, reference.conv2d, *operands(case, dtype, device), **case.options
-    )
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=ids)
+def test_convolutions_equal_stock(case, dtype, device):
+    check_against_twin(*both(case), *operands(case, dtype, device), **case.options)
 
 
 @pytest.mark.parametrize("layout", ["every_other", "transposed", "channels_last"])
-@pytest.mark.parametrize("case", [c for c in CONV_CASES if len(c.input) == 4], ids=ids)
-def test_conv2d_in_every_layout(case, layout):
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=ids)
+def test_convolutions_in_every_layout(case, layout):
     input, weight, bias = operands(case)
-    check_against_twin(
-        functional.conv2d, reference.conv2d, layouts(input)[layout], weight, bias, **case.options
-    )
+    if layout not in layouts(input):
+        pytest.skip(f"no {layout} for {len(case.input)} dimensions")
+    check_against_twin(*both(case), layouts(input)[layout], weight, bias, **case.options)
 
 
 def test_conv2d_takes_an_expanded_upstream_gradient():
@@ -102,32 +109,28 @@ def test_linear_equals_stock(shape, dtype, bias, device):
     )
 
 
-@pytest.mark.parametrize("case", CONV_CASES, ids=ids)
-def test_full_conv2d_is_stock_bit_for_bit(case):
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=ids)
+def test_full_convolutions_are_stock_bit_for_bit(case):
     tensors = operands(case)
-    expected, wanted, grad_output = gradients(reference.conv2d, *tensors, **case.options)
-    for op in (functional.conv2d, full_step_operator):
-        actual, got, _ = gradients(op, *tensors, grad_output, **case.options)
+    op, twin = both(case)
+    expected, wanted, grad_output = gradients(twin, *tensors, **case.options)
+    for full in (op, partial(full_step_operator, case)):
+        actual, got, _ = gradients(full, *tensors, grad_output, **case.options)
         assert torch.equal(actual, expected)
         for name, grad in wanted.items():
             assert (grad is None and got[name] is None) or torch.equal(got[name], grad), name
 
 
-def full_step_operator(input, weight, bias, **options):
-    """The operator itself without its flag; it knows numbers only."""
-    if isinstance(options.get("padding"), str):
-        return functional.conv2d(input, weight, bias, **options)
-    return torch.ops.wus.conv2d(
-        input,
-        weight,
-        bias,
-        **{k: pair(v) for k, v in options.items() if k != "groups"},
-        groups=options.get("groups", 1),
+def full_step_operator(case, input, weight, bias, **options):
+    """The operator itself without its flag; it knows numbers and batches only."""
+    if isinstance(options.get("padding"), str) or input.dim() == case.dims + 1:
+        return both(case)[0](input, weight, bias, **options)
+    groups = options.pop("groups", 1)
+    numbers = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0} | options
+    numbers = {k: v if isinstance(v, tuple) else [v] * case.dims for k, v in numbers.items()}
+    return torch.ops.wus.convolution(
+        input, weight, bias, **numbers, transposed=case.transposed, groups=groups
     )
-
-
-def pair(value):
-    return list(value) if isinstance(value, tuple) else [value, value]
 
 
 def test_full_linear_is_stock_bit_for_bit():
@@ -153,15 +156,20 @@ def saved_storages(function, *tensors, **options):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every_other"])
-@pytest.mark.parametrize("case", [c for c in CONV_CASES if c.input[0] != 0], ids=ids)
-def test_conv2d_saves_the_weight_only(case, layout):
+@pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.input[0] != 0], ids=ids)
+def test_convolutions_save_the_weight_only(case, layout):
+    op = both(case)[0]
     input, weight, bias = operands(case)
     input, weight, bias = leaves(layouts(input).get(layout, input), weight, bias)
-    saved, output = saved_storages(
-        functional.conv2d, input, weight, bias, skip_wgrad=True, **case.options
-    )
+    saved, output = saved_storages(op, input, weight, bias, skip_wgrad=True, **case.options)
     assert output.requires_grad
     assert saved == {weight.untyped_storage().data_ptr()}
+    if case.bias:
+        saved, output = saved_storages(
+            op, input.detach(), weight, bias, skip_wgrad=True, **case.options
+        )
+        assert output.requires_grad
+        assert not saved
 
 
 def test_stock_conv2d_saves_its_input():
@@ -175,6 +183,9 @@ def test_linear_saves_the_weight_only():
     input, weight, bias = leaves(torch.randn(5, 12), torch.randn(7, 12), torch.randn(7))
     saved, _ = saved_storages(functional.linear, input, weight, bias, skip_wgrad=True)
     assert saved == {weight.untyped_storage().data_ptr()}
+    saved, output = saved_storages(functional.linear, input.detach(), weight, bias, skip_wgrad=True)
+    assert output.requires_grad
+    assert not saved
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
@@ -199,13 +210,21 @@ def events(function):
     return {event.name for event in profiler.events()}
 
 
-def test_no_weight_gradient_kernel_runs():
-    input, weight, bias = leaves(*operands(CONV_CASES[0]))
+ONE_OF_EACH = [
+    case
+    for case in CONVOLUTIONS
+    if case.name in ("3x3", "1d", "3d", "transposed_1d", "transposed_2d", "transposed_3d")
+]
+one_of_each = pytest.mark.parametrize("case", ONE_OF_EACH, ids=ids)
+
+
+@one_of_each
+def test_no_weight_gradient_kernel_runs(case):
+    input, weight, bias = leaves(*operands(case))
+    op = both(case)[0]
 
     def step(skip):
-        return lambda: (
-            functional.conv2d(input, weight, bias, padding=1, skip_wgrad=skip).sum().backward()
-        )
+        return lambda: op(input, weight, bias, skip_wgrad=skip, **case.options).sum().backward()
 
     assert "aten::convolution_backward" in events(step(skip=False))
     skipped = events(step(skip=True))
@@ -225,13 +244,13 @@ def test_no_weight_gradient_product_runs_in_linear():
     assert products(skip=True) == 2
 
 
-@pytest.mark.parametrize("case", [c for c in CONV_CASES if c.input[0] != 0], ids=ids)
+@pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if c.input[0] != 0], ids=ids)
 def test_gradcheck_and_double_backward(case):
     input, weight, bias = leaves(*operands(case, torch.float64))
     variables = (input,) if bias is None else (input, bias)
 
     def op(input, bias=None):
-        return functional.conv2d(input, weight, bias, skip_wgrad=True, **case.options)
+        return both(case)[0](input, weight, bias, skip_wgrad=True, **case.options)
 
     assert torch.autograd.gradcheck(op, variables, fast_mode=True)
     assert torch.autograd.gradgradcheck(op, variables, fast_mode=True)
@@ -252,13 +271,21 @@ def test_linear_gradcheck_and_double_backward(shape):
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck(skip, bias):
-    input, weight, shift = leaves(*operands(CONV_CASES[0]))
+@one_of_each
+def test_opcheck_convolution(case, skip, bias):
+    input, weight, shift = leaves(*operands(case))
+    ones = [1] * case.dims
     torch.library.opcheck(
-        torch.ops.wus.conv2d,
-        (input, weight, shift if bias else None, [1, 1], [1, 1], [1, 1], 1),
-        {"skip_wgrad": skip},
+        torch.ops.wus.convolution,
+        (input, weight, shift if bias else None, ones, ones, ones),
+        {"transposed": case.transposed, "output_padding": [0] * case.dims, "groups": 1}
+        | {"skip_wgrad": skip},
     )
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_linear(skip, bias):
     input, weight, shift = leaves(torch.randn(5, 12), torch.randn(7, 12), torch.randn(7))
     torch.library.opcheck(
         torch.ops.wus.linear, (input, weight, shift if bias else None), {"skip_wgrad": skip}
@@ -268,16 +295,11 @@ def test_opcheck(skip, bias):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
 def test_autocast_as_stock(dtype, device):
-    for op, twin, tensors in (
-        (functional.conv2d, reference.conv2d, operands(CONV_CASES[0], device=device)),
-        (
-            functional.linear,
-            reference.linear,
-            [t.to(device) for t in (torch.randn(5, 12), torch.randn(7, 12), torch.randn(7))],
-        ),
-    ):
-        with torch.autocast(device, dtype):
-            check_against_twin(op, twin, *tensors)
+    linear = [t.to(device) for t in (torch.randn(5, 12), torch.randn(7, 12), torch.randn(7))]
+    with torch.autocast(device, dtype):
+        check_against_twin(functional.linear, reference.linear, *linear)
+        for case in ONE_OF_EACH:
+            check_against_twin(*both(case), *operands(case, device=device), **case.options)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +347,7 @@ def test_a_weight_changed_before_backward_is_an_error():
     [
         ({"padding": "some"}, "padding: 'some' is not"),
         ({"padding": "same", "stride": 2}, "needs stride 1"),
-        ({"stride": (1, 2, 3)}, "stride: expected one or two integers"),
+        ({"stride": (1, 2, 3)}, "stride: expected an integer or 2 of them"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -342,7 +364,7 @@ def test_a_border_too_wide_is_named():
 
 
 def test_bad_shapes_are_errors():
-    with pytest.raises(RuntimeError, match=r"\(C, H, W\) or \(N, C, H, W\)"):
+    with pytest.raises(RuntimeError, match="expected 3 or 4 dimensions"):
         functional.conv2d(torch.randn(2, 3), torch.randn(4, 3, 3, 3), skip_wgrad=True)
     with pytest.raises(RuntimeError, match="weight must be"):
         functional.linear(torch.randn(2, 3), torch.randn(3), skip_wgrad=True)

@@ -81,7 +81,7 @@ def test_convert_keeps_every_object():
         assert torch.equal(torch.get_rng_state(), random)
     assert isinstance(model, Net)
     assert isinstance(model.conv, wus_ext.nn.Conv2d)
-    assert isinstance(model.up, nn.ConvTranspose2d)
+    assert isinstance(model.up, wus_ext.nn.ConvTranspose2d)
     assert wus_ext.is_skipping(model) is False
     wus_ext.revert(model)
     assert repr(model) == text
@@ -225,7 +225,7 @@ def test_describe_and_log(caplog):
     text = wus_ext.describe(model)
     assert text in caplog.text
     assert text.startswith(
-        "Net: 2 Conv2d, 1 BatchNorm2d, 1 Linear; in a skip step 7 weight tensors"
+        "Net: 2 Conv2d, 1 BatchNorm2d, 1 ConvTranspose2d, 1 Linear; in a skip step 7 weight"
     )
     assert "6 bias tensors" in text
     assert wus_ext.describe(wus_ext.revert(model)).startswith("Net: no drop-in layer")

@@ -11,15 +11,8 @@ from . import functional, models, nn
 from ._build import build_info
 from ._version import __version__
 from .policy import WUS, WUSLR
-from .skip import (
-    convert,
-    describe,
-    is_skipping,
-    packed_bytes,
-    revert,
-    set_skip,
-    skip_weight_updates,
-)
+from .skip import convert, describe, packed_bytes, revert
+from .window import is_skipping, set_skip, skip_weight_updates
 
 __all__ = [
     "WUS",

@@ -75,12 +75,15 @@ class ConvChain:
             return False
         if norm is None:
             return True
+        batch = skip_nn.uses_batch_statistics(norm)
+        if norm.weight is not None and norm.weight.requires_grad and not batch:
+            return False  # a scale that trains cannot be folded away
         values_a_channel = input.size(0) * geometry.output_size[0] * geometry.output_size[1]
         return (
             norm.num_features == conv.out_channels
             and (norm.weight is None or norm.weight.dtype == torch.float32)
             and (norm.running_mean is None or norm.running_mean.dtype == torch.float32)
-            and (values_a_channel > 1 or not skip_nn.uses_batch_statistics(norm))
+            and (values_a_channel > 1 or not batch)
         )
 
     def _fused(self, input: Tensor, residual: Tensor | None) -> Tensor:

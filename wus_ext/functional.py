@@ -1,4 +1,4 @@
-"""conv2d and linear with a skip flag, and what torch.compile must know of the operators.
+"""Convolutions and linear with a skip flag, and what torch.compile must know of the operators.
 
 Without the flag these are ``torch.nn.functional``'s own. With it the weight is a constant: backward
 computes the input and bias gradients only, and neither the input nor anything else that only the
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from . import _build  # noqa: F401  (registers torch.ops.wus)
 
-Size2 = int | Sequence[int]
+Sizes = int | Sequence[int]
 
 
 def conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Size2 = 1,
-    padding: Size2 | str = 0,
-    dilation: Size2 = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
     *,
     skip_wgrad: bool = False,
@@ -57,13 +57,147 @@ def conv2d(
     """
     if not skip_wgrad:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    if isinstance(padding, str):
-        input, padding = _resolve_padding(input, weight, padding, stride, dilation)
-    padding = _pair("padding", padding)
-    return torch.ops.wus.conv2d(
-        input, weight, bias, stride, padding, dilation, groups, skip_wgrad=True
-    )
+    return _convolution(2, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    skip_wgrad: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv1d` that can leave the weight gradient out.
+
+    As :func:`conv2d`, with one size after the channels: ``(N, C, L)`` or ``(C, L)``.
+
+    Example:
+        >>> x, w = torch.randn(2, 3, 8, requires_grad=True), torch.randn(4, 3, 3)
+        >>> wus_ext.functional.conv1d(x, w, padding="same", skip_wgrad=True).shape
+        torch.Size([2, 4, 8])
+    """
+    if not skip_wgrad:
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    return _convolution(1, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    skip_wgrad: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv3d` that can leave the weight gradient out.
+
+    As :func:`conv2d`, with three sizes after the channels: ``(N, C, D, H, W)`` or
+    ``(C, D, H, W)``.
+
+    Example:
+        >>> x, w = torch.randn(1, 2, 4, 6, 6), torch.randn(4, 2, 3, 3, 3)
+        >>> wus_ext.functional.conv3d(x, w, stride=(1, 2, 2), skip_wgrad=True).shape
+        torch.Size([1, 4, 2, 2, 2])
+    """
+    if not skip_wgrad:
+        return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+    return _convolution(3, input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    *,
+    skip_wgrad: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv_transpose1d` that can leave the weight gradient out.
+
+    As :func:`conv_transpose2d`, with one size after the channels.
+    """
+    if not skip_wgrad:
+        return F.conv_transpose1d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    return _convolution(1, input, weight, bias, stride, padding, dilation, groups, output_padding)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    *,
+    skip_wgrad: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv_transpose2d` that can leave the weight gradient out.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``; any floating dtype, layout and device.
+        weight: ``(C, K / groups, R, S)``.
+        bias: ``(K,)`` or None.
+        stride, padding, output_padding, groups, dilation: as stock, and in stock's order.
+        skip_wgrad: if True, backward computes the gradients of ``input`` and ``bias`` only; the
+            weight is saved and the input is not. Default False: stock, bit for bit.
+
+    Returns:
+        ``(N, K, P, Q)`` or ``(K, P, Q)``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`conv2d`.
+
+    Example:
+        >>> x = torch.randn(2, 3, 4, 4, requires_grad=True)
+        >>> w = torch.randn(3, 5, 2, 2, requires_grad=True)
+        >>> y = wus_ext.functional.conv_transpose2d(x, w, stride=2, skip_wgrad=True)
+        >>> y.sum().backward()
+        >>> y.shape, x.grad.shape, w.grad
+        (torch.Size([2, 5, 8, 8]), torch.Size([2, 3, 4, 4]), None)
+    """
+    if not skip_wgrad:
+        return F.conv_transpose2d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    return _convolution(2, input, weight, bias, stride, padding, dilation, groups, output_padding)
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    *,
+    skip_wgrad: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.conv_transpose3d` that can leave the weight gradient out.
+
+    As :func:`conv_transpose2d`, with three sizes after the channels.
+    """
+    if not skip_wgrad:
+        return F.conv_transpose3d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    return _convolution(3, input, weight, bias, stride, padding, dilation, groups, output_padding)
 
 
 def linear(
@@ -95,28 +229,64 @@ def linear(
     return torch.ops.wus.linear(input, weight, bias, skip_wgrad=True)
 
 
+def _convolution(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
+    groups: int,
+    output_padding: Sizes | None = None,
+) -> Tensor:
+    """A convolution over a constant weight; transposed where it has an output padding."""
+    if weight.dim() != dims + 2 or input.dim() not in (dims + 1, dims + 2):
+        raise RuntimeError(  # as stock
+            f"input and weight: expected {dims + 1} or {dims + 2} dimensions (without and with a "
+            f"batch) and {dims + 2}, got shapes {tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    stride = _numbers("stride", stride, dims)
+    dilation = _numbers("dilation", dilation, dims)
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(input, weight, padding, stride, dilation)
+    padding = _numbers("padding", padding, dims)
+    transposed = output_padding is not None
+    left_over = _numbers("output_padding", output_padding if transposed else 0, dims)
+    numbers = (stride, padding, dilation, transposed, left_over, groups)
+    if input.dim() == dims + 1:
+        output = torch.ops.wus.convolution(
+            input.unsqueeze(0), weight, bias, *numbers, skip_wgrad=True
+        )
+        return output.squeeze(0)
+    return torch.ops.wus.convolution(input, weight, bias, *numbers, skip_wgrad=True)
+
+
 def pad(input: Tensor, padding: Sequence[int], mode: str) -> Tensor:
-    """:func:`torch.nn.functional.pad` of the last two dimensions that saves nothing for backward.
+    """:func:`torch.nn.functional.pad` that saves nothing for backward.
 
     Stock's reflect and replicate padding save their input; here the border is copied together from
     slices, whose backward needs sizes only.
 
     Args:
-        input: ``(..., H, W)``.
-        padding: ``(left, right, top, bottom)`` in pixels, none negative.
+        input: ``(..., W)``, ``(..., H, W)`` or ``(..., D, H, W)``.
+        padding: pixels before and after, last dimension first: ``(left, right, top, bottom)`` for
+            two dimensions; none negative.
         mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
 
     Returns:
-        ``(..., H + top + bottom, W + left + right)``.
+        ``input`` with its last ``len(padding) / 2`` dimensions wider.
 
     Raises:
         ValueError: for another mode, or a border wider than the mode can fill.
     """
-    left, right, top, bottom = padding
     if mode == "zeros":
-        return F.pad(input, (left, right, top, bottom))
+        return F.pad(input, tuple(padding))
     channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
-    padded = _pad_dim(_pad_dim(input, -2, top, bottom, mode), -1, left, right, mode)
+    padded = input
+    for dim in reversed(range(len(padding) // 2)):
+        before, after = padding[2 * dim : 2 * dim + 2]
+        padded = _pad_dim(padded, -1 - dim, before, after, mode)
     return padded.contiguous(memory_format=torch.channels_last) if channels_last else padded
 
 
@@ -146,14 +316,14 @@ def _pad_dim(input: Tensor, dim: int, before: int, after: int, mode: str) -> Ten
     return torch.cat((first, input, last), dim)
 
 
-def _pair(name: str, value: Size2) -> tuple[int, int]:
+def _numbers(name: str, value: Sizes, dims: int) -> tuple[int, ...]:
     if isinstance(value, int | torch.SymInt):
-        return (value, value)
+        return (value,) * dims
     values = tuple(value)
     if len(values) == 1:
-        values *= 2
-    if len(values) != 2:
-        raise ValueError(f"{name}: expected one or two integers, got {value!r}")
+        values *= dims
+    if len(values) != dims:
+        raise ValueError(f"{name}: expected an integer or {dims} of them, got {value!r}")
     return values
 
 
@@ -161,26 +331,41 @@ def _resolve_padding(
     input: Tensor,
     weight: Tensor,
     padding: str,
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[Tensor, tuple[int, int]]:
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[Tensor, tuple[int, ...]]:
     """Numbers for "valid" and "same"; an odd total border puts the extra pixel last, as stock."""
     if padding == "valid":
-        return input, (0, 0)
+        return input, (0,) * len(stride)
     if padding != "same":
-        raise ValueError(f"padding: {padding!r} is not 'same', 'valid' or one or two integers")
-    if stride != (1, 1):
+        raise ValueError(
+            f"padding: {padding!r} is not 'same', 'valid', an integer or one for each dimension"
+        )
+    if any(step != 1 for step in stride):
         raise ValueError(f"padding='same' needs stride 1, but stride is {stride}")
-    total = [dilation[i] * (weight.size(i + 2) - 1) for i in range(2)]
+    total = [dilation[i] * (weight.size(i + 2) - 1) for i in range(len(stride))]
     extra = [t % 2 for t in total]
     if any(extra):
-        input = F.pad(input, (0, extra[1], 0, extra[0]))
-    return input, (total[0] // 2, total[1] // 2)
+        input = F.pad(input, [n for last in reversed(extra) for n in (0, last)])
+    return input, tuple(t // 2 for t in total)
 
 
-@torch.library.register_fake("wus::conv2d")
-def _(input, weight, bias, stride, padding, dilation, groups, skip_wgrad):
-    return torch.ops.aten.conv2d(input, weight, bias, stride, padding, dilation, groups)
+@torch.library.register_fake("wus::convolution")
+def _(
+    input,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    output_padding,
+    groups,
+    skip_wgrad=False,
+):
+    return torch.ops.aten.convolution(
+        input, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
 
 
 @torch.library.register_fake("wus::linear")

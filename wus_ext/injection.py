@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .nn import DROP_INS, SkipLayer, is_bias
@@ -30,17 +31,19 @@ NORMS = (
 class SkipModule(SkipLayer):
     """Mixin of a converted module without a drop-in class.
 
-    It runs stock code in a skip step too, with its weights and those of the layers inside swapped
-    for detached ones while ``forward`` runs.
+    It runs stock code in a skip step too, with what stands still of it and of the layers inside
+    swapped for detached tensors while ``forward`` runs.
     """
 
     skip_gamma: bool = True
+    #: Which layers skip, this module and all inside: None, "some" or "all" of them.
+    skip_window: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keeps the class made at run time away from what the user's classes do here."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.skip_wgrad:
+        if not (self.skip_window or self.skip_wgrad):
             return super().forward(*args, **kwargs)
         with detached(self):
             return super().forward(*args, **kwargs)
@@ -68,9 +71,9 @@ class SkipModel(SkipModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._skip_programs
-        if cache is None:
+        if cache is None or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        if not self.skip_wgrad:
+        if not self.skip_window:
             cache.end_window()
             return super().forward(*args, **kwargs)
         program = None
@@ -131,28 +134,32 @@ def is_parametrized_bias(path: str) -> bool:
     return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
 
 
-def weights(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
-    """Skipped parameters of `root` and all inside, as (owner, name).
+def own_parameters(root: SkipModule) -> Iterator[tuple[nn.Module, str, bool]]:
+    """Every parameter of `root` and all inside: (owner, name, whether it counts as a weight).
 
     Those of drop-in layers too: a model may use a layer's weight without calling the layer.
     """
     for path, module in root.named_modules():
-        if isinstance(module, NORMS) and not root.skip_gamma:
-            continue
-        if is_parametrized_bias(path):
-            continue
+        trains = is_parametrized_bias(path) or (isinstance(module, NORMS) and not root.skip_gamma)
         for name, parameter in module._parameters.items():
-            if parameter is not None and not is_bias(name):
-                yield module, name
+            if parameter is not None:
+                yield module, name, not (trains or is_bias(name))
+
+
+def stands_still(owner: nn.Module, is_weight: bool) -> bool:
+    """Whether such a parameter of `owner` is a constant in the next forward pass."""
+    return getattr(owner, "skip_wgrad", False) and (
+        is_weight or getattr(owner, "skip_biases", False)
+    )
 
 
 @contextmanager
 def detached(root: SkipModule) -> Iterator[None]:
-    """Swaps weights for detached ones, which share their storage."""
+    """Swaps parameters that stand still for detached ones, which share their storage."""
     originals = [
         (owner, name, owner._parameters[name])
-        for owner, name in weights(root)
-        if getattr(owner, "skip_wgrad", True)  # a layer may be told to train all the same
+        for owner, name, is_weight in own_parameters(root)
+        if stands_still(owner, is_weight)
     ]
     try:
         for owner, name, parameter in originals:

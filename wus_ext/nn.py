@@ -1,13 +1,13 @@
-"""Drop-in layers: torch.nn's own, with an attribute ``skip_wgrad``.
+"""Drop-in layers: torch.nn's own, with the attributes ``skip_wgrad`` and ``skip_biases``.
 
 Same constructors, parameters and ``state_dict`` keys. While ``skip_wgrad`` is False a layer is
 stock PyTorch bit for bit; while it is True the layer's weight is a constant: its gradient is not
-computed (``weight.grad`` stays what it was) and nothing is saved for it, while the bias trains.
+computed (``weight.grad`` stays what it was) and nothing is saved for it, while the bias trains,
+unless ``skip_biases`` makes it a constant too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,12 +21,8 @@ class SkipLayer:
 
     #: Read in each forward; backward follows what forward decided.
     skip_wgrad: bool = False
-
-    def skipped_parameters(self) -> Iterator[nn.Parameter]:
-        """The layer's own parameters that get no gradient while ``skip_wgrad`` is True."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None and not is_bias(name):
-                yield parameter
+    #: With ``skip_wgrad``: the bias gets no gradient either.
+    skip_biases: bool = False
 
 
 def is_bias(name: str) -> bool:
@@ -44,8 +40,31 @@ class DropIn(SkipLayer):
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return super()._call_impl(*args, **kwargs)
 
+    def _constant(self, bias: Tensor | None) -> Tensor | None:
+        """The bias of a skip step."""
+        return bias.detach() if self.skip_biases and bias is not None else bias
 
-class Conv2d(DropIn, nn.Conv2d):
+
+class _Conv(DropIn):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.skip_wgrad:
+            return super()._conv_forward(input, weight, bias)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
+            padding = 0
+        convolve = getattr(functional, f"conv{len(self.stride)}d")
+        bias = self._constant(bias)
+        return convolve(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, skip_wgrad=True
+        )
+
+
+class Conv1d(_Conv, nn.Conv1d):
+    """:class:`torch.nn.Conv1d` with a skip flag; every ``padding_mode`` included."""
+
+
+class Conv2d(_Conv, nn.Conv2d):
     """:class:`torch.nn.Conv2d` with a skip flag; every ``padding_mode`` included.
 
     Example:
@@ -56,16 +75,42 @@ class Conv2d(DropIn, nn.Conv2d):
         (True, torch.Size([8]))
     """
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+
+class Conv3d(_Conv, nn.Conv3d):
+    """:class:`torch.nn.Conv3d` with a skip flag; every ``padding_mode`` included."""
+
+
+class _ConvTranspose(DropIn):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if not self.skip_wgrad:
-            return super()._conv_forward(input, weight, bias)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
-            padding = 0
-        return functional.conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups, skip_wgrad=True
+            return super().forward(input, output_size)
+        dims = len(self.stride)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
+        return getattr(functional, f"conv_transpose{dims}d")(
+            input,
+            self.weight,
+            self._constant(self.bias),
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            skip_wgrad=True,
+        )
+
+
+class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """:class:`torch.nn.ConvTranspose1d` with a skip flag."""
+
+
+class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` with a skip flag."""
+
+
+class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """:class:`torch.nn.ConvTranspose3d` with a skip flag."""
 
 
 class Linear(DropIn, nn.Linear):
@@ -80,7 +125,9 @@ class Linear(DropIn, nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias, skip_wgrad=self.skip_wgrad)
+        if not self.skip_wgrad:
+            return super().forward(input)
+        return functional.linear(input, self.weight, self._constant(self.bias), skip_wgrad=True)
 
 
 def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -118,7 +165,7 @@ class _BatchNorm(DropIn):
             self.running_mean if given else None,
             self.running_var if given else None,
             None if self.weight is None else self.weight.detach(),
-            self.bias,
+            self._constant(self.bias),
             batch,
             momentum,
             self.eps,
@@ -146,7 +193,8 @@ class GroupNorm(DropIn, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.skip_wgrad or self.weight is None:
             return super().forward(input)
-        return F.group_norm(input, self.num_groups, self.weight.detach(), self.bias, self.eps)
+        weight, bias = self.weight.detach(), self._constant(self.bias)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
 class LayerNorm(DropIn, nn.LayerNorm):
@@ -155,17 +203,32 @@ class LayerNorm(DropIn, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.skip_wgrad or self.weight is None:
             return super().forward(input)
-        weight = self.weight.detach()
-        return F.layer_norm(input, self.normalized_shape, weight, self.bias, self.eps)
+        weight, bias = self.weight.detach(), self._constant(self.bias)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(DropIn, nn.RMSNorm):
+    """:class:`torch.nn.RMSNorm` with a skip flag: gamma, its only parameter, is skipped."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.skip_wgrad or self.weight is None:
+            return super().forward(input)
+        return F.rms_norm(input, self.normalized_shape, self.weight.detach(), self.eps)
 
 
 #: Stock class -> drop-in class.
 DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
     nn.Linear: Linear,
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
     nn.GroupNorm: GroupNorm,
     nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
 }

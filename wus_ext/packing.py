@@ -28,11 +28,11 @@ class PackedWeights:
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
-        self._copies: dict[Hashable, _Copy] = {}
+        self._copies: dict[tuple[Hashable, ...], _Copy] = {}
 
     def get(
         self,
-        key: Hashable,
+        key: tuple[Hashable, ...],
         sources: tuple[Tensor, ...],
         make: Callable[[], Tensor],
     ) -> Tensor:
@@ -44,7 +44,7 @@ class PackedWeights:
             copy = self._copies[key] = _Copy(stamp, make())
         return copy.tensor
 
-    def fits(self, keys: list[Hashable], nbytes: Callable[[], int]) -> bool:
+    def fits(self, keys: list[tuple[Hashable, ...]], nbytes: Callable[[], int]) -> bool:
         """Whether copies of `nbytes()` together may be made; what `keys` name is made again."""
         if self.budget is None:
             return True
@@ -54,6 +54,11 @@ class PackedWeights:
     def nbytes(self) -> int:
         """Bytes that the copies take."""
         return sum(map(_nbytes, self._copies.values()))
+
+    def drop(self, layer: Hashable) -> None:
+        """Drops the copies of one layer's weights, whose keys begin with it."""
+        for key in [key for key in self._copies if key[0] is layer]:
+            del self._copies[key]
 
     def clear(self) -> None:
         """Drops every copy; a graph that still needs one keeps it until its backward has run."""

@@ -47,7 +47,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .skip import set_skip
+from .window import set_skip
 
 __all__ = ["WUS", "WUSLR", "Phase", "Settings", "decide"]
 

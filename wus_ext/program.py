@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -100,7 +100,6 @@ class ProgramCache:
             or kwargs
             or len(args) != 1
             or type(args[0]) is not Tensor
-            or torch.compiler.is_compiling()
             or nn.modules.module._has_any_global_hook()
         ):
             return None
@@ -120,8 +119,13 @@ class ProgramCache:
         logger.info("%s: fused %d chains", type(model).__name__, len(program.chains))
         return program
 
+    def leave(self, layers: Iterable[nn.Module]) -> None:
+        """Weights of these layers are about to change: drops what was made of them."""
+        for layer in layers:
+            self.packed.drop(layer)
+
     def end_window(self) -> None:
-        """Weights are about to change: drops what was made of them."""
+        """All weights are about to change: drops what was made of them."""
         self.packed.clear()
 
 

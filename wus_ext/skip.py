@@ -1,7 +1,8 @@
-"""Which steps are skip steps: ``convert``, ``revert``, ``set_skip``, ``skip_weight_updates``.
+"""Models that can skip: ``convert``, ``revert``.
 
 In a skip step biases train and every other parameter is a constant: no gradient is computed for
-it, and nothing is saved for one. ``convert`` prepares a model in place, as
+it, and nothing is saved for one. Biases can be constants too, and some layers can train in full
+while others skip. ``convert`` prepares a model in place, as
 ``torch.nn.utils.parametrize`` does, by giving its layers and its root subclasses of their own
 classes: parameters, buffers, hooks, ``state_dict`` keys and optimizers stay what they were.
 """
@@ -11,8 +12,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -24,17 +23,24 @@ from .injection import (
     injected,
     is_parametrized_bias,
     stock_class,
-    weights,
 )
 from .nn import DROP_INS, SkipLayer, is_bias
 from .options import SkipOptions
 from .program import ProgramCache
+from .window import (
+    check_module,
+    clear_state,
+    is_script,
+    note_windows,
+    set_skip,
+    skippable_parameters,
+    unwrap,
+    window_of_all,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
 logger = logging.getLogger("wus_ext")
-
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def convert(
@@ -87,9 +93,9 @@ def convert(
         Sequential: 1 Conv2d; in a skip step 1 weight tensor (216 values) stands still and 1 bias \
 tensor (8 values) trains
     """
-    _check_module(model)
+    check_module(model)
     options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse)
-    root = _unwrap(model)
+    root = unwrap(model)
     for name, module in root.named_modules():
         if (
             isinstance(module, nn.modules.lazy.LazyModuleMixin)
@@ -99,7 +105,7 @@ tensor (8 values) trains
                 f"model: the lazy layer {name!r} has no parameters yet; run one forward pass "
                 "before convert"
             )
-    skipping = isinstance(root, SkipLayer) and root.skip_wgrad
+    joins = window_of_all(root)
     for path, module in root.named_modules():
         _convert_one(module, path, skip_gamma)
     inner = isinstance(root, SkipModule) and not isinstance(root, SkipModel)
@@ -112,8 +118,10 @@ tensor (8 values) trains
             module.frozen_statistics = norm == "frozen"
     if isinstance(root, SkipModel):
         root._skip_programs = ProgramCache(options)
-    if skipping:  # layers that were added in a skip window join it
-        set_skip(root, True)
+    if joins is not None:  # layers that were added in a window of all layers join it
+        set_skip(root, True, skip_biases=joins)
+    else:
+        note_windows(root, skippable_parameters(root))
     logger.info("converted %s", describe(root))
     _warn_if_pointless(root)
     return model
@@ -122,7 +130,7 @@ tensor (8 values) trains
 def _convert_one(module: nn.Module, path: str, skip_gamma: bool) -> None:
     stock = stock_class(type(module))
     if isinstance(module, NORMS) and not skip_gamma:
-        _set_flag(module, False)
+        clear_state(module)
         module.__class__ = stock
     elif stock in DROP_INS:
         module.__class__ = DROP_INS[stock]
@@ -133,7 +141,7 @@ def _convert_one(module: nn.Module, path: str, skip_gamma: bool) -> None:
 def _runs_on_weights(module: nn.Module, path: str) -> bool:
     """Whether a call of `module` itself, not of the root, must detach weights of its own."""
     return (
-        not _is_script(module)
+        not is_script(module)
         and type(module).forward is not nn.Module.forward  # a ParameterList has none
         and not is_parametrized_bias(path)
         and any(not is_bias(name) for name in module._parameters)
@@ -160,91 +168,16 @@ def revert(model: Model) -> Model:
         >>> type(model) is torch.nn.Linear
         True
     """
-    _check_module(model)
+    check_module(model)
+    for owner in skippable_parameters(model):
+        clear_state(owner)
     for module in model.modules():
         if isinstance(module, SkipLayer):
-            _set_flag(module, False)
+            clear_state(module)
             for name in ("skip_gamma", "frozen_statistics", "_skip_programs"):
                 module.__dict__.pop(name, None)
             module.__class__ = stock_class(type(module))
     return model
-
-
-def set_skip(model: nn.Module, skip: bool) -> None:
-    """Makes every following forward pass a skip step, or a full step again.
-
-    The decision is read in the forward pass, and backward follows what forward decided. Entering
-    a skip window sets the gradients of the skipped parameters to None, so that an optimizer
-    leaves them alone.
-
-    Args:
-        model: a converted model, or a wrapper of one (``DistributedDataParallel``, the result of
-            ``torch.compile``), or one built from :mod:`wus_ext.nn`.
-        skip: True for skip steps, False for full steps.
-
-    Raises:
-        TypeError: if ``model`` is no ``nn.Module`` or ``skip`` is no bool.
-        ValueError: if ``model`` has no layer that can skip.
-
-    Example:
-        >>> model = wus_ext.convert(torch.nn.Linear(3, 2))
-        >>> wus_ext.set_skip(model, True)
-        >>> wus_ext.is_skipping(model)
-        True
-    """
-    if not isinstance(skip, bool):
-        raise TypeError(f"skip: expected a bool, got {type(skip).__name__}")
-    layers = _skip_layers(model)
-    if skip and not all(layer.skip_wgrad for layer in layers):
-        for parameter in _skipped_parameters(model):
-            parameter.grad = None
-    for layer in layers:
-        _set_flag(layer, skip)
-        if isinstance(layer, SkipModel) and layer._skip_programs is not None and not skip:
-            layer._skip_programs.end_window()
-
-
-def _set_flag(layer: nn.Module, skip: bool) -> None:
-    # Off is the class's own value: what torch.compile traced before the first window still fits.
-    layer.__dict__.pop("skip_wgrad", None)
-    if getattr(layer, "skip_wgrad", False) != skip:
-        layer.skip_wgrad = skip
-
-
-def is_skipping(model: nn.Module) -> bool:
-    """Whether the next forward pass of ``model`` is a skip step.
-
-    Raises:
-        TypeError: if ``model`` is no ``nn.Module``.
-        ValueError: if ``model`` has no layer that can skip.
-    """
-    return any(layer.skip_wgrad for layer in _skip_layers(model))
-
-
-@contextmanager
-def skip_weight_updates(model: Model) -> Iterator[Model]:
-    """Forward and backward inside are a skip step; afterwards the model is as it was before.
-
-    Args:
-        model: as for :func:`set_skip`.
-
-    Raises:
-        TypeError, ValueError: as :func:`set_skip`.
-
-    Example:
-        >>> model = wus_ext.convert(torch.nn.Linear(3, 2))
-        >>> with wus_ext.skip_weight_updates(model):
-        ...     model(torch.randn(4, 3)).mean().backward()
-        >>> model.weight.grad is None, model.bias.grad is None
-        (True, False)
-    """
-    before = [(layer, layer.skip_wgrad) for layer in _skip_layers(model)]
-    set_skip(model, True)
-    try:
-        yield model
-    finally:
-        for layer, skip in before:
-            _set_flag(layer, skip)
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -261,15 +194,15 @@ def packed_bytes(model: nn.Module) -> int:
 
 def describe(model: nn.Module) -> str:
     """What a skip step of ``model`` trains and what stands still, in one line."""
-    _check_module(model)
-    root = _unwrap(model)
+    check_module(model)
+    root = unwrap(model)
     kinds = Counter(
         stock_class(type(module)).__name__
         for module in root.modules()
         if isinstance(module, SkipLayer) and not isinstance(module, SkipModule)
     )
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no drop-in layer"
-    skipped = {id(parameter): parameter for parameter in _skipped_parameters(root)}
+    skipped = _weights(root)
     trained = [p for p in root.parameters() if p.requires_grad and id(p) not in skipped]
     return (
         f"{stock_class(type(root)).__name__}: {layers}; in a skip step "
@@ -284,51 +217,19 @@ def _count(parameters: Any, kind: str) -> str:
     return f"{len(parameters)} {kind} tensor{'s' * (len(parameters) != 1)} ({values} values)"
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if _is_script(model):
-        raise TypeError("model: a TorchScript module cannot be converted; convert it before jit")
-
-
-def _is_script(module: nn.Module) -> bool:
-    # By name: to import torch.jit's classes warns.
-    return type(module).__module__.startswith("torch.jit")
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, WRAPPERS):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def _skip_layers(model: nn.Module) -> list[SkipLayer]:
-    _check_module(model)
-    layers = [module for module in model.modules() if isinstance(module, SkipLayer)]
-    if not layers:
-        raise ValueError(
-            f"model: {type(model).__name__} has no layer that can skip; "
-            "call wus_ext.convert(model) first"
-        )
-    return layers
-
-
-def _skipped_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter that gets no gradient in a skip step of ``model``."""
-    for module in model.modules():
-        if isinstance(module, SkipLayer):
-            yield from module.skipped_parameters()
-        if isinstance(module, SkipModule):
-            for owner, name in weights(module):
-                yield owner._parameters[name]
+def _weights(root: nn.Module) -> dict[int, nn.Parameter]:
+    """Every parameter that counts as a weight, by id."""
+    weights = [
+        owner._parameters[name]
+        for owner, own in skippable_parameters(root).items()
+        for name, is_weight in own.items()
+        if is_weight
+    ]
+    return {id(parameter): parameter for parameter in weights}
 
 
 def _warn_if_pointless(root: nn.Module) -> None:
-    skipped = {id(parameter) for parameter in _skipped_parameters(root)}
+    skipped = _weights(root)
     if not skipped:
         warnings.warn(
             f"convert: {type(root).__name__} has no weight to skip; nothing was converted",

@@ -19,8 +19,8 @@ class SkipLinear : public torch::autograd::Function<SkipLinear> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias) {
+    if (input.requires_grad()) ctx->save_for_backward({weight});
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({weight});
     ctx->saved_data["has_bias"] = bias.has_value();
     return at::linear(input, weight, bias);
   }
