@@ -24,7 +24,7 @@ def select(model: nn.Module, layers: Layers, candidates: Collection[nn.Module]) 
 
     Raises:
         TypeError: if ``layers`` is none of these.
-        ValueError: if a pattern or the predicate means no candidate.
+        ValueError: if a pattern or the predicate means no module, or all together no candidate.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
@@ -33,23 +33,25 @@ def select(model: nn.Module, layers: Layers, candidates: Collection[nn.Module]) 
     """
     named = list(model.named_modules(remove_duplicate=False))
     if callable(layers) and not isinstance(layers, nn.Module | type):
-        found = _inside([module for name, module in named if layers(name, module)], candidates)
-        if not found:
+        chosen = [module for name, module in named if layers(name, module)]
+        if not chosen:
             raise ValueError(f"layers: the predicate chose none of {len(candidates)} layers")
-        return found
-    found = set()
-    for pattern in _patterns(layers):
-        matched = [module for name, module in named if fnmatchcase(name, pattern)]
-        inside = _inside(matched, candidates)
-        if not inside:
-            raise ValueError(_nothing(pattern, bool(matched), named, candidates))
-        found |= inside
-    return found
-
-
-def _inside(modules: Iterable[nn.Module], candidates: Collection[nn.Module]) -> set[nn.Module]:
-    inside = {part for module in modules for part in module.modules()}
-    return {module for module in candidates if module in inside}
+    else:
+        layers = _patterns(layers)
+        if not layers:
+            return set()
+        chosen = []
+        for pattern in layers:
+            matched = [module for name, module in named if fnmatchcase(name, pattern)]
+            if not matched:
+                raise ValueError(_no_match(pattern, named, candidates))
+            chosen += matched
+    inside = {part for module in chosen for part in module.modules()}
+    selected = {module for module in candidates if module in inside}
+    if not selected:
+        kinds = ", ".join(sorted({type(module).__name__ for module in chosen}))
+        raise ValueError(f"layers: what was chosen ({kinds}) has nothing that can skip")
+    return selected
 
 
 def _patterns(layers: object) -> list[str]:
@@ -65,14 +67,9 @@ def _patterns(layers: object) -> list[str]:
     )
 
 
-def _nothing(
-    pattern: str,
-    matched: bool,
-    named: list[tuple[str, nn.Module]],
-    candidates: Collection[nn.Module],
+def _no_match(
+    pattern: str, named: list[tuple[str, nn.Module]], candidates: Collection[nn.Module]
 ) -> str:
-    if matched:
-        return f"layers: nothing in {pattern!r} can skip"
     names = [name for name, module in named if name and module in candidates]
     near = get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
     more = "" if len(near) == len(names) else ", ..."

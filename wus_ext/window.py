@@ -104,7 +104,8 @@ def window_of_all(root: nn.Module) -> bool | None:
     """Whether a window of all layers skips biases too; None outside of one."""
     if not isinstance(root, SkipModule) or root.skip_window != "all":
         return None
-    return all(owner.skip_biases for owner in skippable_parameters(root) if owner.skip_wgrad)
+    skipping = [o for o in skippable_parameters(root) if getattr(o, "skip_wgrad", False)]
+    return all(getattr(owner, "skip_biases", False) for owner in skipping)
 
 
 def _set_flag(layer: nn.Module, name: str, value: bool | str | None) -> None:
