@@ -25,39 +25,6 @@ def plain() -> nn.Sequential:
     )
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("make", [plain, Net])
-def test_compile_traces_each_kind_of_step_once(make):
-    model, eager = wus_ext.convert(make()), wus_ext.convert(make())
-    eager.load_state_dict(model.state_dict())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    # The first full step comes before anything was ever set.
-    for step, skip in enumerate([None, True, False, True, False]):
-        if skip is not None:
-            wus_ext.set_skip(compiled, skip)
-            wus_ext.set_skip(eager, skip)
-        x = images()
-        model.zero_grad()
-        eager.zero_grad()
-        with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
-            output = compiled(x)
-        expected = eager(x)
-        assert_near(output, expected, "output")
-        grad_output = torch.randn_like(expected)
-        output.backward(grad_output)
-        expected.backward(grad_output)
-        assert with_gradient(model) == with_gradient(eager)
-        for name, parameter in model.named_parameters():
-            assert_near(parameter.grad, eager.get_parameter(name).grad, name)
-
-
 def test_fx_takes_drop_ins_for_leaves():
     model = wus_ext.convert(plain())
     traced = fx.symbolic_trace(model)
