@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 import wus_ext
 from tests.cases import assert_near
+from tests.test_program import saved_bytes
 from wus_ext.nn import is_bias
 
 models = pytest.importorskip("torchvision").models
@@ -240,6 +241,49 @@ def test_layers(name):
     check_full_step(model, stock, inputs)
     wus_ext.revert(model)
     assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.filterwarnings("ignore:RNN module weights")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_save_no_more_than_stock(name):
+    make, given = LAYERS[name]
+    stock = make()
+    model = wus_ext.convert(make())
+    input = given if isinstance(given, torch.Tensor) else torch.randn(given).requires_grad_()
+    full = saved_bytes(stock, input)[0]
+    for key, parameter in stock.named_parameters():
+        parameter.requires_grad_(trains_in_a_skip_step(key))
+    with wus_ext.skip_weight_updates(model):
+        ours = saved_bytes(model, input)[0]
+    assert ours <= saved_bytes(stock, input)[0] <= full
+
+
+#: Values kept next to the input, parameters and buffers, for an input of 4 rows of 6.
+NEEDED = {
+    "layer_norm": (lambda: nn.LayerNorm(6), 2 * 4),  # mean and deviation of each row
+    "group_norm": (lambda: nn.GroupNorm(2, 6), 2 * 4 * 2),
+    "rms_norm": (lambda: nn.RMSNorm(6), 4),
+    "batch_norm": (lambda: nn.BatchNorm1d(6), 2 * 6),
+    "linear": (lambda: nn.Linear(6, 6), 0),
+    "conv1d": (lambda: nn.Conv1d(4, 4, 3), 0),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(4, 4, 3), 0),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_layer_saves_what_its_data_gradient_needs(name):
+    make, values = NEEDED[name]
+    layer = wus_ext.convert(nn.Sequential(make()), fuse=False)
+    with wus_ext.skip_weight_updates(layer):
+        assert saved_bytes(layer, torch.randn(4, 6, requires_grad=True))[0] <= 4 * values
+
+
+def test_a_frozen_embedding_needs_no_backward():
+    for embedding in (nn.Embedding(11, 6), nn.EmbeddingBag(11, 6)):
+        model = wus_ext.convert(nn.Sequential(embedding, nn.ReLU()))
+        assert model(TOKENS).requires_grad
+        with wus_ext.skip_weight_updates(model):
+            assert not model(TOKENS).requires_grad
 
 
 def test_a_layer_parametrized_after_convert():
