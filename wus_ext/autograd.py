@@ -94,8 +94,9 @@ class ConvAddAct(torch.autograd.Function):
 class ConvNormAct(torch.autograd.Function):
     """act(batch_norm(conv(input) + bias) + residual) with batch statistics.
 
-    Saves the convolution's output, which the statistics' gradient needs, and the mask. A bias in
-    front of batch statistics has no influence: its gradient is exactly zero.
+    Saves the mask and, where the gradient goes on to the input or to gamma, the convolution's
+    output, which the statistics' gradient needs. A bias in front of batch statistics has no
+    influence: its gradient is exactly zero.
     """
 
     @staticmethod
@@ -110,17 +111,27 @@ class ConvNormAct(torch.autograd.Function):
         scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
         output, mask = ops.batch_norm_apply(z, scale, shift, residual, int(act))
         mask = None if act == Act.NONE else mask
-        ctx.save_for_backward(z, mask, mean, invstd, gamma)
+        need_input, _, need_gamma = ctx.needs_input_grad[:3]
+        kept = (z, mean, invstd, gamma) if need_input or need_gamma else ()
+        ctx.save_for_backward(mask, *kept)
         ctx.algorithm, ctx.act, ctx.count = algorithm, act, count
+        ctx.size = tuple(z.shape[2:])
         return output
 
     @staticmethod
     @_first_order
     def backward(ctx, grad):
-        z, mask, mean, invstd, gamma = ctx.saved_tensors
+        mask, *kept = ctx.saved_tensors
         need_input, need_bias, need_gamma, need_beta, need_residual = ctx.needs_input_grad[:5]
         act, algorithm = ctx.act, ctx.algorithm
         grad = _dense(grad)
+        grad_bias = grad.new_zeros(grad.size(1)) if need_bias else None
+        if not kept:
+            grad, grad_beta = masked(grad, mask, act, ctx.size, need_residual, need_beta)
+            grad_beta = grad_beta if need_beta else None
+            grad_residual = grad if need_residual else None
+            return None, grad_bias, None, grad_beta, grad_residual, None, None, None
+        z, mean, invstd, gamma = kept
         sums = ops.batch_norm_grad_sums(grad, z, mean, mask, act=int(act))
         *coefficients, grad_beta, grad_gamma = ops.batch_norm_grad_coefficients(
             *sums, mean, invstd, gamma, ctx.count
@@ -132,7 +143,6 @@ class ConvNormAct(torch.autograd.Function):
             grad_residual = grad
         if need_input:
             grad_input = algorithm.dgrad_norm(grad, z, coefficients, mask, act)
-        grad_bias = torch.zeros_like(mean) if need_bias else None
         return (
             grad_input,
             grad_bias,
