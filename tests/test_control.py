@@ -271,6 +271,20 @@ def test_a_scale_that_trains_is_not_folded_away():
     assert skip[1].weight.grad is not None
 
 
+@pytest.mark.parametrize("still", [["0", "1"], ["1", "3"], ["0", "4"]], ids=str)
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "layers"])
+def test_frozen_statistics_are_those_of_layers_that_skip(still, fuse):
+    stock, skip = pair("conv_norm_relu")
+    run(stock, program_images())  # moves the running statistics
+    skip.load_state_dict(stock.state_dict())
+    wus_ext.convert(skip, norm="frozen", fuse=fuse)
+    freeze(stock, still)
+    for name in set(still) & {"1", "4"}:
+        stock[int(name)].eval()
+    wus_ext.set_skip(skip, True, layers=still)
+    check(stock, skip, program_images(), tolerance=2e-5)
+
+
 def test_packed_weights_go_with_the_layers_that_leave():
     _, skip = pair("conv_relu_pool")
     wus_ext.set_skip(skip, True)
@@ -388,7 +402,8 @@ def test_every_kind_of_parameter_stands_still():
     assert_near(x.grad, y.grad, "input gradient")
     assert with_gradient(model) == set()
     assert not model(images()).requires_grad
-    wus_ext.set_skip(model, True)
+    for layers in ("norm", None):  # the scale trains again, too
+        wus_ext.set_skip(model, True, layers=layers)
     backward(model)
     assert with_gradient(model) == BIASES | {"norm.weight"}
 

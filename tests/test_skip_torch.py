@@ -139,3 +139,18 @@ def test_distributed_data_parallel(inside, view):
         wrapped.zero_grad()
         backward(wrapped)
         assert with_gradient(model) == (BIASES if skip else everything)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_layers_have_their_own_names_inside_a_wrapper():
+    model = net()
+    for wrapped in (
+        DistributedDataParallel(model, find_unused_parameters=True),
+        nn.DataParallel(model),
+        torch.compile(model, backend="eager"),
+    ):
+        with wus_ext.skip_weight_updates(wrapped, layers="conv"):
+            model.zero_grad()
+            backward(wrapped)
+        everything = {name for name, _ in model.named_parameters()}
+        assert with_gradient(model) == everything - {"conv.weight"}

@@ -68,15 +68,12 @@ def set_skip(
     _check_skips(model)
     root = unwrap(model)
     skippable = skippable_parameters(root)
-    able = {o: own for o, own in skippable.items() if skip_biases or not skip or any(own.values())}
-    chosen = set(able) if layers is None else select(root, layers, able)
+    chosen = set(skippable) if layers is None else select(root, layers, skippable)
     constant = _constants(skippable)
     for owner in chosen:
-        _set_flag(owner, "skip_wgrad", skip)
-        _set_flag(owner, "skip_biases", skip_biases)
-    if layers is None:
-        for owner in skippable.keys() - chosen:
-            clear_state(owner)
+        on = skip and (skip_biases or any(skippable[owner].values()))
+        _set_flag(owner, "skip_wgrad", on)
+        _set_flag(owner, "skip_biases", on and skip_biases)
     for key, parameter in _constants(skippable).items():
         if key not in constant:
             parameter.grad = None
@@ -162,7 +159,7 @@ def skip_weight_updates(
     check_module(model)
     before = [
         (module, {name: module.__dict__[name] for name in STATE if name in module.__dict__})
-        for module in (*skippable_parameters(unwrap(model)), *unwrap(model).modules())
+        for module in unwrap(model).modules()
     ]
     set_skip(model, True, layers=layers, skip_biases=skip_biases)
     try:
