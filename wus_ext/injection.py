@@ -18,6 +18,8 @@ from torch import nn
 from .nn import DROP_INS, SkipLayer, is_bias
 from .program import ProgramCache
 
+Skippable = dict[nn.Module, dict[str, bool]]
+
 STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
 NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -151,6 +153,33 @@ def stands_still(owner: nn.Module, is_weight: bool) -> bool:
     return getattr(owner, "skip_wgrad", False) and (
         is_weight or getattr(owner, "skip_biases", False)
     )
+
+
+def skippable_parameters(root: nn.Module) -> Skippable:
+    """Whose parameters can stand still: owner -> {name: whether it counts as a weight}."""
+    owners: Skippable = {}
+    for module in root.modules():
+        if isinstance(module, SkipModule):  # an outer module knows best what is inside
+            for owner, name, is_weight in own_parameters(module):
+                owners.setdefault(owner, {}).setdefault(name, is_weight)
+        elif isinstance(module, SkipLayer):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    owners.setdefault(module, {}).setdefault(name, not is_bias(name))
+    return owners
+
+
+def skipped_now(model: nn.Module) -> dict[int, nn.Parameter]:
+    """The parameters that no layer trains in the next step, by id; none in a full step."""
+    still, trained = {}, set()
+    for owner, own in skippable_parameters(model).items():
+        for name, is_weight in own.items():
+            parameter = owner._parameters[name]
+            if stands_still(owner, is_weight):
+                still[id(parameter)] = parameter
+            else:
+                trained.add(id(parameter))
+    return {key: parameter for key, parameter in still.items() if key not in trained}
 
 
 @contextmanager

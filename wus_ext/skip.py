@@ -22,6 +22,7 @@ from .injection import (
     SkipModule,
     injected,
     is_parametrized_bias,
+    skippable_parameters,
     stock_class,
 )
 from .nn import DROP_INS, SkipLayer, is_bias
@@ -33,7 +34,6 @@ from .window import (
     is_script,
     note_windows,
     set_skip,
-    skippable_parameters,
     unwrap,
     window_of_all,
 )

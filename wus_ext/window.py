@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .injection import SkipModel, SkipModule, own_parameters, stands_still
-from .nn import SkipLayer, is_bias
+from .injection import SkipModel, SkipModule, Skippable, skippable_parameters, skipped_now
+from .nn import SkipLayer
 from .selection import Layers, select
 
 Model = TypeVar("Model", bound=nn.Module)
-Skippable = dict[nn.Module, dict[str, bool]]
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 STATE = ("skip_wgrad", "skip_biases", "skip_window")
@@ -69,13 +68,13 @@ def set_skip(
     root = unwrap(model)
     skippable = skippable_parameters(root)
     chosen = set(skippable) if layers is None else select(root, layers, skippable)
-    constant = _constants(skippable)
+    before = skipped_now(root)
     for owner in chosen:
         on = skip and (skip_biases or any(skippable[owner].values()))
         _set_flag(owner, "skip_wgrad", on)
         _set_flag(owner, "skip_biases", on and skip_biases)
-    for key, parameter in _constants(skippable).items():
-        if key not in constant:
+    for key, parameter in skipped_now(root).items():
+        if key not in before:
             parameter.grad = None
     note_windows(root, skippable)
     for module in root.modules():
@@ -199,30 +198,3 @@ def _check_skips(model: nn.Module) -> None:
             f"model: {type(model).__name__} has no layer that can skip; "
             "call wus_ext.convert(model) first"
         )
-
-
-def skippable_parameters(root: nn.Module) -> Skippable:
-    """Whose parameters can stand still: owner -> {name: whether it counts as a weight}."""
-    owners: Skippable = {}
-    for module in root.modules():
-        if isinstance(module, SkipModule):  # an outer module knows best what is inside
-            for owner, name, is_weight in own_parameters(module):
-                owners.setdefault(owner, {}).setdefault(name, is_weight)
-        elif isinstance(module, SkipLayer):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    owners.setdefault(module, {}).setdefault(name, not is_bias(name))
-    return owners
-
-
-def _constants(skippable: Skippable) -> dict[int, nn.Parameter]:
-    """The parameters that no layer trains, by id."""
-    constant, trained = {}, set()
-    for owner, own in skippable.items():
-        for name, is_weight in own.items():
-            parameter = owner._parameters[name]
-            if stands_still(owner, is_weight):
-                constant[id(parameter)] = parameter
-            else:
-                trained.add(id(parameter))
-    return {key: parameter for key, parameter in constant.items() if key not in trained}
