@@ -7,7 +7,7 @@ changed, and all are dropped when the window ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,9 +55,9 @@ class PackedWeights:
         """Bytes that the copies take."""
         return sum(map(_nbytes, self._copies.values()))
 
-    def drop(self, layer: Hashable) -> None:
-        """Drops the copies of one layer's weights, whose keys begin with it."""
-        for key in [key for key in self._copies if key[0] is layer]:
+    def drop(self, layers: Collection[Hashable]) -> None:
+        """Drops the copies of these layers' weights, whose keys begin with them."""
+        for key in [key for key in self._copies if key[0] in layers]:
             del self._copies[key]
 
     def clear(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,13 +119,8 @@ class ProgramCache:
         logger.info("%s: fused %d chains", type(model).__name__, len(program.chains))
         return program
 
-    def leave(self, layers: Iterable[nn.Module]) -> None:
-        """Weights of these layers are about to change: drops what was made of them."""
-        for layer in layers:
-            self.packed.drop(layer)
-
     def end_window(self) -> None:
-        """All weights are about to change: drops what was made of them."""
+        """Weights are about to change: drops what was made of them."""
         self.packed.clear()
 
 
