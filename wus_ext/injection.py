@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,10 @@ from .nn import DROP_INS, SkipLayer, is_bias
 from .program import ProgramCache
 
 STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
+
+#: Called with a converted model at the start of each of its skip steps.
+before_skip_step: list[Callable[[nn.Module], None]] = []
+
 NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
@@ -73,6 +77,8 @@ class SkipModel(SkipModule):
         if not self.skip_wgrad:
             cache.end_window()
             return super().forward(*args, **kwargs)
+        for observer in before_skip_step:
+            observer(self)
         program = None
         # torch.func.functional_call puts plain tensors in, which a traced program would keep.
         if all(isinstance(parameter, nn.Parameter) for parameter in self.parameters()):
@@ -144,6 +150,21 @@ def weights(root: SkipModule) -> Iterator[tuple[nn.Module, str]]:
         for name, parameter in module._parameters.items():
             if parameter is not None and not is_bias(name):
                 yield module, name
+
+
+def skipped_now(model: nn.Module) -> set[int]:
+    """Ids of the parameters that get no gradient in the next step; empty for a full step."""
+    skipped = set()
+    for module in model.modules():
+        if isinstance(module, SkipLayer) and module.skip_wgrad:
+            skipped.update(map(id, module.skipped_parameters()))
+            if isinstance(module, SkipModule):
+                skipped.update(
+                    id(owner._parameters[name])
+                    for owner, name in weights(module)
+                    if getattr(owner, "skip_wgrad", True)
+                )
+    return skipped
 
 
 @contextmanager

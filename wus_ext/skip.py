@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
+from .distributed import make_skip_aware, make_stock
 from .injection import (
     NORMS,
     SkipModel,
@@ -89,6 +90,7 @@ tensor (8 values) trains
     """
     _check_module(model)
     options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse)
+    _set_wrappers(model, make_skip_aware)
     root = _unwrap(model)
     for name, module in root.named_modules():
         if (
@@ -167,6 +169,7 @@ def revert(model: Model) -> Model:
             for name in ("skip_gamma", "frozen_statistics", "_skip_programs"):
                 module.__dict__.pop(name, None)
             module.__class__ = stock_class(type(module))
+    _set_wrappers(model, make_stock)
     return model
 
 
@@ -195,6 +198,8 @@ def set_skip(model: nn.Module, skip: bool) -> None:
     if not isinstance(skip, bool):
         raise TypeError(f"skip: expected a bool, got {type(skip).__name__}")
     layers = _skip_layers(model)
+    if skip:
+        _set_wrappers(model, make_skip_aware)
     if skip and not all(layer.skip_wgrad for layer in layers):
         for parameter in _skipped_parameters(model):
             parameter.grad = None
@@ -304,6 +309,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def _set_wrappers(model: nn.Module, change: Callable[[Any], None]) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            change(module)
 
 
 def _skip_layers(model: nn.Module) -> list[SkipLayer]:
