@@ -104,9 +104,7 @@ class SkipAware:
     def _on_full_backward(self, grad: Tensor) -> None:
         self._reducer_waits = False
 
-    def _synchronise_after_backward(
-        self, output: Any, trained: tuple[nn.Parameter, ...]
-    ) -> None:
+    def _synchronise_after_backward(self, output: Any, trained: tuple[nn.Parameter, ...]) -> None:
         queue = torch.autograd.Variable._execution_engine.queue_callback
 
         def synchronise() -> None:
@@ -124,9 +122,7 @@ class SkipAware:
         # parameters, that it has begun, also where the output hides its tensors.
         for tensor in _differentiable(output):
             tensor.register_hook(on_gradient)
-        self._gradient_hooks = tuple(
-            parameter.register_hook(on_gradient) for parameter in trained
-        )
+        self._gradient_hooks = tuple(parameter.register_hook(on_gradient) for parameter in trained)
 
     @torch.no_grad()
     def _average(self, parameters: Sequence[nn.Parameter], *, joined: bool = False) -> None:
@@ -151,15 +147,16 @@ class SkipAware:
         # Divided before they are summed, as torch does: half precision may not overflow.
         flats = [torch.cat([t.reshape(-1) for t in part]) for part in parts.values()]
         works = [
-            dist.all_reduce(flat.div_(self.process_group.size()), group=self.process_group,
-                            async_op=True)
+            dist.all_reduce(
+                flat.div_(self.process_group.size()), group=self.process_group, async_op=True
+            )
             for flat in flats
         ]
         for work in works:
             work.wait()
         if joined:
             return
-        flags_sum = flats[list(parts).index((torch.float32, self.device))][-len(flags):]
+        flags_sum = flats[list(parts).index((torch.float32, self.device))][-len(flags) :]
         if self._join_config.enable and not self._divide_by_initial_world_size:
             for flat in flats:
                 flat.div_(flags_sum[0].clone())
@@ -192,9 +189,7 @@ class SkipAware:
                 trained = set(map(id, self._announced))
                 sent[0] = SKIP
                 sent[1:] = torch.tensor([int(id(p) in trained) for p in self._module_parameters])
-        work = dist.all_reduce(
-            sent, op=dist.ReduceOp.MAX, group=self.process_group, async_op=True
-        )
+        work = dist.all_reduce(sent, op=dist.ReduceOp.MAX, group=self.process_group, async_op=True)
         if not is_joined_rank:
             return None
         work.wait()
@@ -271,6 +266,7 @@ def make_skip_aware(ddp: StockDDP) -> None:
     if stock not in _aware_classes:
         _aware_classes[stock] = types.new_class(f"Skip{stock.__name__}", (SkipAware, stock))
     ddp.__class__ = _aware_classes[stock]
+    ddp._reducer_waits = ddp._lazy_init_ran  # nobody watched the steps before
 
 
 def make_stock(ddp: StockDDP) -> None:
@@ -281,16 +277,22 @@ def make_stock(ddp: StockDDP) -> None:
 
 
 def _adopt_wrapper(model: nn.Module) -> None:
-    """A wrapper whose model alone was told to skip learns it in the middle of its forward pass."""
+    """Makes a stock wrapper skip-aware in the middle of its forward pass.
+
+    So a wrapper needs no call of its own: that its model is converted is enough.
+    """
     if torch.compiler.is_compiling():
         return
     ddp = StockDDP._get_active_ddp_module()
-    if ddp is not None and not isinstance(ddp, SkipAware):
-        make_skip_aware(ddp)
-        ddp._begin_step()
+    if ddp is None or isinstance(ddp, SkipAware):
+        return
+    if ddp._join_config.enable and not skipped_now(ddp.module):
+        return  # too late for this join(), which full steps do not mind
+    make_skip_aware(ddp)
+    ddp._begin_step()
 
 
-injection.before_skip_step.append(_adopt_wrapper)
+injection.before_step.append(_adopt_wrapper)
 
 
 def _differentiable(output: Any) -> Iterator[Tensor]:

@@ -19,8 +19,8 @@ from .program import ProgramCache
 
 STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
 
-#: Called with a converted model at the start of each of its skip steps.
-before_skip_step: list[Callable[[nn.Module], None]] = []
+#: Called with a converted model at the start of its forward pass.
+before_step: list[Callable[[nn.Module], None]] = []
 
 NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -74,10 +74,12 @@ class SkipModel(SkipModule):
         cache = self._skip_programs
         if cache is None:
             return super().forward(*args, **kwargs)
+        for observer in before_step:
+            observer(self)
         if not self.skip_wgrad:
             cache.end_window()
             return super().forward(*args, **kwargs)
-        for observer in before_skip_step:
+        for observer in before_step:
             observer(self)
         program = None
         # torch.func.functional_call puts plain tensors in, which a traced program would keep.

@@ -255,12 +255,12 @@ def check_the_decision_is_read_in_forward():
 
 
 def check_a_forward_pass_without_backward_before_a_skip_step():
-    for _ in range(2):
+    for make in (our_wrapper, switch_the_inner_model, convert_the_inner_model_after):
         torch.manual_seed(0)
-        ddp = wrapped(wus_ext.convert(Net(norm=False)))
+        ddp, _ = make(Net(norm=False))
         expected = reference(ddp.module)
         for step, kind in enumerate("FfSFfSsFF"):  # lower case: no backward pass follows
-            for model in (ddp, expected):
+            for model in (ddp.module, expected):
                 model.zero_grad()
                 wus_ext.set_skip(model, kind in "Ss")
             output = ddp(batch(step))
@@ -268,6 +268,21 @@ def check_a_forward_pass_without_backward_before_a_skip_step():
                 loss(output).backward()
                 mean_backward(expected, step)
                 assert_near(ddp.module, expected)
+
+
+def check_a_forward_pass_without_backward_before_conversion():
+    model = Net(norm=False)
+    ddp = wrapped(model)
+    ddp(batch(0))
+    wus_ext.convert(model)
+    expected = reference(model)
+    for step, kind in enumerate("SFSF"):
+        for m in (model, expected):
+            m.zero_grad()
+            wus_ext.set_skip(m, kind == "S")
+        loss(ddp(batch(step))).backward()
+        mean_backward(expected, step)
+        assert_near(model, expected)
 
 
 def check_an_error_in_backward_of_a_skip_step():
@@ -658,10 +673,12 @@ def check_compiled():
 
 
 def check_half_precision():
-    torch.manual_seed(0)
-    model = Net(norm=False).to(DEVICE, torch.bfloat16)
-    model.head.float()  # two kinds of parameters
-    model.forward = lambda x: model.head(model.conv(x.bfloat16()).relu().float()) * model.gain
+    class Halved(Net):
+        def forward(self, x):
+            return self.head(self.conv(x.bfloat16()).relu().float()) * self.gain
+
+    model = Halved(norm=False).to(DEVICE)
+    model.conv.bfloat16()
     ddp = wrapped(wus_ext.convert(model))
     wus_ext.set_skip(ddp, True)
     loss(ddp(batch(0)).float()).backward()
