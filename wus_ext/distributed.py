@@ -314,7 +314,7 @@ def _check_supported(ddp: StockDDP) -> None:
     elif getattr(ddp, "_require_manual_backward_finalization", False):
         advice = "require_manual_backward_finalization is set; leave it out"
     else:
-        for hook, state in ddp._comm_hooks:
+        for hook, _ in ddp._comm_hooks:
             name = f"{hook.__module__}.{hook.__qualname__}"
             if name not in AVERAGING_HOOKS:
                 advice = (
