@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as StockDDP
 from . import injection
 from .injection import skipped_now
 
-__all__ = ["DistributedDataParallel", "make_skip_aware", "make_stock"]
+__all__ = ["DistributedDataParallel", "check_parameters", "make_skip_aware", "make_stock"]
 
 # Hooks whose result is the mean over processes: in a skip step a plain mean takes their place.
 AVERAGING_HOOKS = frozenset(
@@ -267,6 +267,19 @@ def make_skip_aware(ddp: StockDDP) -> None:
         _aware_classes[stock] = types.new_class(f"Skip{stock.__name__}", (SkipAware, stock))
     ddp.__class__ = _aware_classes[stock]
     ddp._reducer_waits = ddp._lazy_init_ran  # nobody watched the steps before
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Refuses parameters that are parts of a flat one, which gets a gradient as a whole.
+
+    Raises:
+        ValueError: for a model in the older ``FullyShardedDataParallel``.
+    """
+    if any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+        raise ValueError(
+            "model: FullyShardedDataParallel flattens weights and biases into one parameter, "
+            "which cannot skip; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
 
 
 def make_stock(ddp: StockDDP) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .distributed import make_skip_aware, make_stock
+from .distributed import check_parameters, make_skip_aware, make_stock
 from .injection import (
     NORMS,
     SkipModel,
@@ -187,7 +187,8 @@ def set_skip(model: nn.Module, skip: bool) -> None:
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module`` or ``skip`` is no bool.
-        ValueError: if ``model`` has no layer that can skip.
+        ValueError: if ``model`` has no layer that can skip, or is wrapped in the older
+            ``FullyShardedDataParallel`` (use ``fully_shard``).
 
     Example:
         >>> model = wus_ext.convert(torch.nn.Linear(3, 2))
@@ -199,6 +200,7 @@ def set_skip(model: nn.Module, skip: bool) -> None:
         raise TypeError(f"skip: expected a bool, got {type(skip).__name__}")
     layers = _skip_layers(model)
     if skip:
+        check_parameters(model)
         _set_wrappers(model, make_skip_aware)
     if skip and not all(layer.skip_wgrad for layer in layers):
         for parameter in _skipped_parameters(model):

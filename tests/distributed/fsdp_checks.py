@@ -7,11 +7,15 @@ import copy
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
 import wus_ext
 
-from .checks import DEVICE, Net, Traffic, batch, loss, mean_backward
+from .checks import DEVICE, Net, Traffic, batch, loss, mean_backward, refused
 
 
 class Deep(nn.Module):
@@ -96,3 +100,13 @@ def check_fully_shard_in_mixed_precision():
     loss(model(batch(0)).float()).backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == name.endswith("bias"), name
+
+
+def check_the_older_fsdp_is_refused():
+    for use_orig_params in (True, False):
+        model = wus_ext.convert(Deep().to(DEVICE))
+        wrapper = FullyShardedDataParallel(
+            model, use_orig_params=use_orig_params, device_id=torch.device(DEVICE)
+        )
+        for told in (wrapper, model):
+            refused(lambda told=told: wus_ext.set_skip(told, True), "use torch.distributed.fsdp")

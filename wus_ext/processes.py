@@ -1,0 +1,62 @@
+"""Several processes: how many there are, and what they tell each other. One needs no set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+def count(group: Any = None) -> int:
+    """Processes of ``group`` (by default all): 1 unless torch.distributed was initialised."""
+    return dist.get_world_size(group) if _initialised() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 unless torch.distributed was initialised."""
+    return dist.get_rank() if _initialised() else 0
+
+
+def gather(value: Value, group: Any = None) -> list[Value]:
+    """The values of all processes, by rank; every process must call.
+
+    Args:
+        value: anything that pickles.
+        group: the processes, by default all.
+
+    >>> from wus_ext import processes
+    >>> processes.gather(3)
+    [3]
+    """
+    if count(group) == 1:
+        return [value]
+    values = [None] * count(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What ``make()`` returns in the first process, which alone runs it; every process must call.
+
+    Raises:
+        Exception: what ``make()`` raised, in every process.
+    """
+    if count() == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = make()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
