@@ -200,7 +200,8 @@ class WUS:
 
     def _mean(self, value: Any, check: Callable[[Any], float]) -> float:
         """The mean over the processes; what `check` raises in one is raised in all."""
-        group = getattr(self.model, "process_group", None)  # of a DistributedDataParallel
+        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        group = self.model.process_group if wrapped else None
         if processes.count(group) == 1:
             return check(value)
         try:

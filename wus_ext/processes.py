@@ -42,7 +42,8 @@ def from_first(make: Callable[[], Value]) -> Value:
     """What ``make()`` returns in the first process, which alone runs it; every process must call.
 
     Raises:
-        Exception: what ``make()`` raised, in every process.
+        Exception: what ``make()`` raised, in every process; elsewhere than in the first with an
+            attribute ``raised_by_first`` that is True.
     """
     if count() == 1:
         return make()
@@ -54,6 +55,7 @@ def from_first(make: Callable[[], Value]) -> Value:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].raised_by_first = rank() > 0
         raise outcome[1]
     return outcome[0]
 
