@@ -31,6 +31,7 @@ def launched(device: str = "auto") -> Iterator[None]:
     if on_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-    # After an error the group stays: the process ends, and the launcher ends the others.
-    yield
-    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
