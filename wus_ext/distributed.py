@@ -47,8 +47,10 @@ class SkipAware:
 
     #: Parameters that the skip step under way trains; None in a full step.
     _trained: tuple[nn.Parameter, ...] | None = None
-    #: Whether torch's reducer waits for the backward pass of a full step.
+    #: Whether torch's reducer waits for the backward pass of a full step to begin, and whether a
+    #: skip step's backward pass, which came before, has made it stop to.
     _reducer_waits: bool = False
+    _reducer_stopped: bool = False
     #: What the skip step under way, or the one that this process mirrors, will synchronise.
     _announced: tuple[nn.Parameter, ...] | None = None
     _sync_queued: bool = False
@@ -70,10 +72,6 @@ class SkipAware:
         self._gradient_hooks, self._sync_queued = (), False
         if self._trained is not None:
             _check_supported(self)
-            if self._reducer_waits:
-                # For a backward pass that never came; it would take the biases' gradients for it.
-                self.reducer._reset_state()
-        self._reducer_waits = False
 
     def _trained_now(self) -> tuple[nn.Parameter, ...] | None:
         skipped = skipped_now(self.module)
@@ -90,21 +88,25 @@ class SkipAware:
         if self._trained is None:
             output = super()._post_forward(output)
             if synchronises:
-                self._reducer_waits = True
+                self._reducer_waits, self._reducer_stopped = True, False
                 for tensor in _differentiable(output):
                     tensor.register_hook(self._on_full_backward)
             return output
         with self.no_sync():
             output = super()._post_forward(output)
         self.require_forward_param_sync = synchronises
-        if synchronises and self._trained:
-            self._synchronise_after_backward(output, self._trained)
+        if torch.is_grad_enabled() and self._trained:
+            self._await_backward(output, self._trained, synchronises)
         return output
 
     def _on_full_backward(self, grad: Tensor) -> None:
-        self._reducer_waits = False
+        if self._reducer_stopped:
+            self.reducer.prepare_for_backward([])
+        self._reducer_waits = self._reducer_stopped = False
 
-    def _synchronise_after_backward(self, output: Any, trained: tuple[nn.Parameter, ...]) -> None:
+    def _await_backward(
+        self, output: Any, trained: tuple[nn.Parameter, ...], synchronises: bool
+    ) -> None:
         queue = torch.autograd.Variable._execution_engine.queue_callback
 
         def synchronise() -> None:
@@ -112,7 +114,11 @@ class SkipAware:
             self._average(trained)
 
         def on_gradient(grad: Tensor) -> None:
-            if not self._sync_queued:
+            if self._reducer_waits:
+                # Else it would take this step's gradients for those that it waits for.
+                self.reducer._reset_state()
+                self._reducer_waits, self._reducer_stopped = False, True
+            if synchronises and not self._sync_queued:
                 self._sync_queued = True
                 # Queued twice: behind the reducer's own callback, if a full step's output is
                 # part of the same backward pass.

@@ -263,11 +263,12 @@ def check_a_forward_pass_without_backward_before_a_skip_step():
         torch.manual_seed(0)
         ddp, _ = make(Net(norm=False))
         expected = reference(ddp.module)
-        for step, kind in enumerate("FfSFfSsFF"):  # lower case: no backward pass follows
+        for step, kind in enumerate("FfSFfeSsfeSFfsFF"):  # lower case: no backward pass follows
             for model in (ddp.module, expected):
                 model.zero_grad()
                 wus_ext.set_skip(model, kind in "Ss")
-            output = ddp(batch(step))
+            with torch.set_grad_enabled(kind != "e"):  # evaluation
+                output = ddp(batch(step))
             if kind.isupper():
                 loss(output).backward()
                 mean_backward(expected, step)
@@ -380,20 +381,29 @@ def check_several_forward_passes_before_backward():
     assert_near(ddp.module, expected)
 
 
-def check_full_and_skip_outputs_in_one_backward_pass():
-    for view in (False, True):
-        torch.manual_seed(0)
-        ddp = wrapped(wus_ext.convert(Net(norm=False)), gradient_as_bucket_view=view)
-        expected = reference(ddp.module)
-        for model in (ddp, expected):
-            wus_ext.set_skip(model, True)
-        skipped = ddp(batch(0))
-        wus_ext.set_skip(ddp, False)
-        (loss(skipped) + loss(ddp(batch(1)))).backward()
-        mean_backward(expected, 0)
-        wus_ext.set_skip(expected, False)
-        mean_backward(expected, 1)
-        assert_near(ddp.module, expected)
+def check_two_steps_at_once():
+    """The second forward pass comes before the first backward pass."""
+    for kinds in ("FS", "SF"):
+        for order in ((0, 1), (1, 0), None):  # None: one backward pass of both
+            for view in (False, True):
+                torch.manual_seed(0)
+                ddp = wrapped(wus_ext.convert(Net(norm=False)), gradient_as_bucket_view=view)
+                expected = reference(ddp.module)
+                for _ in range(2):
+                    losses = []
+                    ddp.zero_grad(), expected.zero_grad()
+                    for step, kind in enumerate(kinds):
+                        with wus_ext.skip_weight_updates(ddp) if kind == "S" else nullcontext():
+                            losses.append(loss(ddp(batch(step))))
+                    ddp.zero_grad()
+                    for step in order or ():
+                        losses[step].backward()
+                    if order is None:
+                        sum(losses).backward()
+                    for step, kind in sorted(enumerate(kinds), key=lambda pair: pair[1] == "F"):
+                        wus_ext.set_skip(expected, kind == "S")
+                        mean_backward(expected, step)
+                    assert_near(ddp.module, expected)
 
 
 def check_reentrant_checkpoints_synchronise_once():
