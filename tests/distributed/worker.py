@@ -34,9 +34,7 @@ def main(folder: str, *names: str) -> None:
     backend = os.environ.get("BACKEND", "gloo")
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False
-    )
+    store, _, _ = next(dist.rendezvous("env://"))
     outcome = {}
     for name in names or CHECKS:
         dist.init_process_group(
