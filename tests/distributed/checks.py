@@ -453,9 +453,10 @@ def branched(*branches):
     expected = reference(ddp.module)
     expected.zero_grad()
     wus_ext.set_skip(expected, True)
-    for rank, branch in enumerate(branches):
+    world = dist.get_world_size()
+    for rank, branch in enumerate(branches[:world]):
         images = batch(0, rank).requires_grad_()
-        (loss(expected(images, branch)) / len(branches)).backward()
+        (loss(expected(images, branch)) / world).backward()
     assert_near(ddp.module, expected)
 
 

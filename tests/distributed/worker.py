@@ -32,7 +32,7 @@ def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = os.environ.get("BACKEND", "gloo")
-    if backend == "nccl":
+    if "nccl" in backend:
         torch.cuda.set_device(rank)
     store, _, _ = next(dist.rendezvous("env://"))
     outcome = {}
