@@ -12,8 +12,7 @@ so importing this module is seldom needed.
 from __future__ import annotations
 
 import types
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as StockDDP
 
 from . import injection
+from .averaging import average_gradients
 from .injection import skipped_now
 
 __all__ = ["DistributedDataParallel", "check_parameters", "make_skip_aware", "make_stock"]
@@ -130,53 +130,14 @@ class SkipAware:
             tensor.register_hook(on_gradient)
         self._gradient_hooks = tuple(parameter.register_hook(on_gradient) for parameter in trained)
 
-    @torch.no_grad()
-    def _average(self, parameters: Sequence[nn.Parameter], *, joined: bool = False) -> None:
-        """Averages the gradients of `parameters` over the processes, in one all-reduce.
-
-        A gradient that no process has stays None. Processes that have joined send zeros.
-        """
-        grads = [None if joined else parameter.grad for parameter in parameters]
-        # Who takes part, and who has a gradient, travel along. Read only where one is missing:
-        # reading waits for the device.
-        flags = [float(not joined), *(float(grad is not None) for grad in grads)]
-        parts: dict[tuple, list[Tensor]] = defaultdict(list)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is not None and grad.is_sparse:
-                raise ValueError(
-                    f"DistributedDataParallel: a parameter of shape {tuple(parameter.shape)} has a "
-                    "sparse gradient, which a skip step cannot average; use sparse=False"
-                )
-            key = parameter.dtype, parameter.device
-            parts[key].append(torch.zeros_like(parameter) if grad is None else grad)
-        parts[torch.float32, self.device].append(torch.tensor(flags, device=self.device))
-        # Divided before they are summed, as torch does: half precision may not overflow.
-        flats = [torch.cat([t.reshape(-1) for t in part]) for part in parts.values()]
-        works = [
-            dist.all_reduce(
-                flat.div_(self.process_group.size()), group=self.process_group, async_op=True
-            )
-            for flat in flats
-        ]
-        for work in works:
-            work.wait()
-        if joined:
-            return
-        flags_sum = flats[list(parts).index((torch.float32, self.device))][-len(flags) :]
-        if self._join_config.enable and not self._divide_by_initial_world_size:
-            for flat in flats:
-                flat.div_(flags_sum[0].clone())
-        pieces = {
-            key: iter(flat.split([t.numel() for t in part]))
-            for (key, part), flat in zip(parts.items(), flats, strict=True)
-        }
-        used = [True] * len(grads) if all(flags) else flags_sum[1:].tolist()
-        for parameter, grad, is_used in zip(parameters, grads, used, strict=True):
-            mean = next(pieces[parameter.dtype, parameter.device]).view(parameter.shape)
-            if grad is not None:
-                grad.copy_(mean)
-            elif is_used:
-                parameter.grad = torch.empty_like(parameter).copy_(mean)
+    def _average(self, parameters: tuple[nn.Parameter, ...], *, joined: bool = False) -> None:
+        average_gradients(
+            parameters,
+            self.process_group,
+            self.device,
+            joined=joined,
+            over_active=self._join_config.enable and not self._divide_by_initial_world_size,
+        )
 
     # Uneven inputs: processes that have joined mirror the collectives of those still at work.
 
