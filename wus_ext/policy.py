@@ -199,21 +199,9 @@ class WUS:
         return self._advance(self._mean(accuracy, _percent))
 
     def _mean(self, value: Any, check: Callable[[Any], float]) -> float:
-        """The mean over the processes; what `check` raises in one is raised in all."""
         wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
         group = self.model.process_group if wrapped else None
-        if processes.count(group) == 1:
-            return check(value)
-        try:
-            mine = check(value)
-        except (TypeError, ValueError) as error:
-            mine = error
-        values = processes.gather(mine, group)
-        for rank, given in enumerate(values):
-            if isinstance(given, Exception):
-                raise given if given is mine else type(given)(f"process {rank}: {given}")
-        # The mean of equal numbers is that number, without rounding.
-        return values[0] if len(set(values)) == 1 else math.fsum(values) / len(values)
+        return processes.mean(value, check, group)
 
     def _advance(self, accuracy: float, *, lr_dropped: bool = False) -> bool:
         history = [*self._history, accuracy]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -36,6 +37,32 @@ def gather(value: Value, group: Any = None) -> list[Value]:
     values = [None] * count(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def mean(value: Any, check: Callable[[Any], float], group: Any = None) -> float:
+    """The mean of ``check(value)`` over the processes; every process must call.
+
+    Raises:
+        TypeError, ValueError: what ``check`` raised in any process, in every process.
+
+    >>> from wus_ext import processes
+    >>> processes.mean("2.5", float)
+    2.5
+    """
+    if count(group) == 1:
+        return check(value)
+    try:
+        mine: Any = check(value)
+    except (TypeError, ValueError) as error:
+        mine = error
+    values = gather(mine, group)
+    if isinstance(mine, Exception):
+        raise mine
+    for process, given in enumerate(values):
+        if isinstance(given, Exception):
+            raise type(given)(f"process {process}: {given}")
+    # The mean of equal numbers is that number, without rounding.
+    return values[0] if len(set(values)) == 1 else math.fsum(values) / len(values)
 
 
 def from_first(make: Callable[[], Value]) -> Value:
