@@ -101,6 +101,11 @@ class SkipAware:
 
     def _on_full_backward(self, grad: Tensor) -> None:
         if self._reducer_stopped:
+            if self.find_unused_parameters:
+                raise RuntimeError(
+                    "DistributedDataParallel: with find_unused_parameters=True the backward pass "
+                    "of a full step must come before that of a later skip step"
+                )
             self.reducer.prepare_for_backward([])
         self._reducer_waits = self._reducer_stopped = False
 
@@ -294,12 +299,18 @@ def _check_supported(ddp: StockDDP) -> None:
     elif getattr(ddp, "_require_manual_backward_finalization", False):
         advice = "require_manual_backward_finalization is set; leave it out"
     else:
-        for hook, _ in ddp._comm_hooks:
-            name = f"{hook.__module__}.{hook.__qualname__}"
-            if name not in AVERAGING_HOOKS:
-                advice = (
-                    f"the communication hook {name} need not average gradients; use one of "
-                    f"{', '.join(sorted(n.rsplit('.', 1)[1] for n in AVERAGING_HOOKS))}, or none"
-                )
+        for hook, state in ddp._comm_hooks:
+            advice = advice or _about_hook(hook, state, ddp.process_group)
     if advice:
         raise ValueError(f"DistributedDataParallel cannot run a skip step: {advice}")
+
+
+def _about_hook(hook: Any, state: Any, group: Any) -> str | None:
+    name = f"{hook.__module__}.{getattr(hook, '__qualname__', hook.__name__)}"
+    if name not in AVERAGING_HOOKS:
+        known = ", ".join(sorted(known.rsplit(".", 1)[1] for known in AVERAGING_HOOKS))
+        return f"the communication hook {name} need not average gradients; use one of {known}"
+    own = getattr(state, "process_group", state)
+    if own is not None and own is not group:
+        return f"the communication hook {name} has another process group; use the wrapper's"
+    return None

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from . import processes
 from .distributed import check_parameters, make_skip_aware, make_stock
 from .injection import (
     NORMS,
@@ -185,6 +186,9 @@ def set_skip(model: nn.Module, skip: bool) -> None:
             ``torch.compile``), or one built from :mod:`wus_ext.nn`.
         skip: True for skip steps, False for full steps.
 
+    Warns:
+        UserWarning: in several processes, for a model whose wrapper would not notice.
+
     Raises:
         TypeError: if ``model`` is no ``nn.Module`` or ``skip`` is no bool.
         ValueError: if ``model`` has no layer that can skip, or is wrapped in the older
@@ -202,6 +206,7 @@ def set_skip(model: nn.Module, skip: bool) -> None:
     if skip:
         check_parameters(model)
         _set_wrappers(model, make_skip_aware)
+        _warn_if_unseen(model, layers)
     if skip and not all(layer.skip_wgrad for layer in layers):
         for parameter in _skipped_parameters(model):
             parameter.grad = None
@@ -317,6 +322,18 @@ def _set_wrappers(model: nn.Module, change: Callable[[Any], None]) -> None:
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             change(module)
+
+
+def _warn_if_unseen(model: nn.Module, layers: list[SkipLayer]) -> None:
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    converted = any(isinstance(layer, SkipModel) for layer in layers)
+    if processes.count() > 1 and not (wrapped or sharded or converted):
+        warnings.warn(
+            "set_skip: in several processes switch the DistributedDataParallel wrapper, which "
+            f"cannot notice that the {type(model).__name__} inside skips, or convert the model",
+            stacklevel=3,
+        )
 
 
 def _skip_layers(model: nn.Module) -> list[SkipLayer]:

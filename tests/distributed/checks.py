@@ -218,6 +218,26 @@ def check_switch_find_unused_parameters():
     switching(switch_the_inner_model, find_unused_parameters=True)
 
 
+def check_drop_in_layers_without_a_converted_root():
+    def made():
+        model = nn.Sequential(nn.Flatten(), wus_ext.nn.Linear(75, 4), wus_ext.nn.Linear(4, 2))
+        return model, wrapped(model)
+
+    model, ddp = made()
+    expected = copy.deepcopy(model)
+    for step, kind in enumerate("FSF"):
+        for m in (ddp, expected):
+            wus_ext.set_skip(m, kind == "S")
+            m.zero_grad()
+        loss(ddp(batch(step))).backward()
+        mean_backward(expected, step)
+        assert_near(model, expected)
+    model, _ = made()
+    if dist.get_world_size() > 1:
+        with pytest.warns(UserWarning, match="switch the DistributedDataParallel wrapper"):
+            wus_ext.set_skip(model, True)
+
+
 def check_revert_gives_the_stock_wrapper_back():
     ddp = wrapped(wus_ext.convert(Net()))
     wus_ext.set_skip(ddp, True)
@@ -406,6 +426,21 @@ def check_two_steps_at_once():
                     assert_near(ddp.module, expected)
 
 
+def check_unused_parameters_cannot_be_found_twice():
+    ddp = wrapped(wus_ext.convert(Net(norm=False)), find_unused_parameters=True)
+    full = loss(ddp(batch(0)))
+    with wus_ext.skip_weight_updates(ddp):
+        loss(ddp(batch(1))).backward()
+    with pytest.raises(RuntimeError, match="must come before that of a later skip step"):
+        full.backward()
+    ddp.zero_grad()
+    loss(ddp(batch(2))).backward()
+    expected = reference(ddp.module)
+    expected.zero_grad()
+    mean_backward(expected, 2)
+    assert_near(ddp.module, expected)
+
+
 def check_reentrant_checkpoints_synchronise_once():
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -433,7 +468,7 @@ def check_reentrant_checkpoints_synchronise_once():
 
 
 class Branches(nn.Module):
-    """Branch 0 and 1 have a bias each, branch 2 has none; bias 3 is never used."""
+    """Branch 0 and 1 have a bias each, branch 2 has none; the last layer is never used."""
 
     def __init__(self):
         super().__init__()
@@ -446,17 +481,18 @@ class Branches(nn.Module):
 
 
 def branched(*branches):
+    """Processes take these branches in turn."""
     ddp = wrapped(wus_ext.convert(Branches()), find_unused_parameters=True)
     wus_ext.set_skip(ddp, True)
     images = batch(0).requires_grad_()
-    loss(ddp(images, branches[dist.get_rank()])).backward()
+    loss(ddp(images, branches[dist.get_rank() % 2])).backward()
     expected = reference(ddp.module)
     expected.zero_grad()
     wus_ext.set_skip(expected, True)
     world = dist.get_world_size()
-    for rank, branch in enumerate(branches[:world]):
+    for rank in range(world):
         images = batch(0, rank).requires_grad_()
-        (loss(expected(images, branch)) / world).backward()
+        (loss(expected(images, branches[rank % 2])) / world).backward()
     assert_near(ddp.module, expected)
 
 
@@ -585,6 +621,11 @@ def check_communication_hooks():
     ddp.register_comm_hook(None, double)
     wus_ext.set_skip(ddp, True)
     refused(lambda: ddp(batch(0)), "double need not average gradients; use one of allreduce_hook")
+
+    ddp = wrapped(wus_ext.convert(Net(norm=False)))
+    ddp.register_comm_hook(dist.new_group(), default_hooks.allreduce_hook)
+    wus_ext.set_skip(ddp, True)
+    refused(lambda: ddp(batch(0)), "allreduce_hook has another process group; use the wrapper's")
 
     ddp = wrapped(wus_ext.convert(Net(norm=False)))
     ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
