@@ -124,12 +124,13 @@ def one_process(tmp_path):
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("inside", [True, False], ids=["convert_inside", "convert_outside"])
 @pytest.mark.parametrize("view", [True, False], ids=["bucket_view", "no_view"])
-def test_distributed_data_parallel(inside, view):
+@pytest.mark.parametrize("unused", [True, False], ids=["find_unused", "no_find_unused"])
+def test_distributed_data_parallel(inside, view, unused):
     model = Net()
     if inside:
         wus_ext.convert(model)
     wrapped = DistributedDataParallel(
-        model, find_unused_parameters=True, gradient_as_bucket_view=view
+        model, find_unused_parameters=unused, gradient_as_bucket_view=view
     )
     assert wus_ext.convert(wrapped) is wrapped
     everything = {name for name, _ in model.named_parameters()}

@@ -7,7 +7,7 @@
 ['0.bias']
 """
 
-from . import functional, models, nn
+from . import distributed, functional, models, nn
 from ._build import build_info
 from ._version import __version__
 from .policy import WUS, WUSLR
@@ -21,6 +21,7 @@ __all__ = [
     "build_info",
     "convert",
     "describe",
+    "distributed",
     "functional",
     "is_skipping",
     "models",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import platform
 import shlex
 import sys
@@ -13,10 +14,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import build_info, packed_bytes, set_skip
+from . import build_info, packed_bytes, processes, set_skip
 from .training.compare import CompareConfig, compare, read_compare
 from .training.config import METHODS, MODELS, TrainConfig
 from .training.errors import ConfigError, DataError, MissingExtra, TrainingError
+from .training.launch import launched, launched_count
 from .training.methods import build_model
 from .training.progress import Progress
 from .training.runfolder import RunFolder
@@ -26,7 +28,7 @@ __all__ = ["main"]
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _GROUPS = {
-    "what to train": ("model", "dataset", "method"),
+    "what to train": ("model", "dropout", "dataset", "method"),
     "optimisation": (
         *("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gamma"),
         *("milestones", "amp", "channels_last", "device", "seed"),
@@ -66,27 +68,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(command, error, 1)
 
 
-def _fail(command: str, error: Exception | str, code: int) -> int:
-    print(f"wus-ext {command}: error: {error}", file=sys.stderr)
+def _fail(command: str, error: Exception, code: int) -> int:
+    if not getattr(error, "raised_by_first", False):  # the first process says it
+        rank = int(os.environ.get("RANK", 0))
+        who = f" (process {rank})" if rank else ""
+        print(f"wus-ext {command}{who}: error: {error}", file=sys.stderr)
     return code
 
 
 def _train(given: dict[str, Any]) -> int:
+    with launched(given.get("device", "auto")):
+        return _train_here(given)
+
+
+def _train_here(given: dict[str, Any]) -> int:
     out, resume = given.pop("out", None), given.pop("resume", False)
     if resume:
         if out is None:
             raise ConfigError("--resume needs --out, the folder of the run")
-        config = RunFolder(out).read_config().replace(**given)
+        config = processes.from_first(RunFolder(out).read_config).replace(**given)
     else:
         config = TrainConfig(**given)
         out = out or Path("runs") / config.run_name()
     config.validate()
-    progress = Progress()
+    progress = Progress() if processes.rank() == 0 else None
     try:
         trainer = Trainer(config, out=out, resume=resume, progress=progress)
         trainer.run()
     except KeyboardInterrupt:
         return _interrupted("train", out, "config.json")
+    if progress is None:
+        return 0
     last, best = trainer.history[-1], trainer.history[trainer.best_epoch - 1]
     seconds = sum(record["train_seconds"] for record in trainer.history)
     progress.say(
@@ -98,6 +110,8 @@ def _train(given: dict[str, Any]) -> int:
 
 
 def _compare(given: dict[str, Any]) -> int:
+    if launched_count() > 1:
+        raise ConfigError("compare times one process; start it without torchrun")
     out, resume = given.pop("out", None), given.pop("resume", False)
     own = {
         name: given.pop(name) for name in ("models", "methods", "seeds", "control") if name in given
@@ -121,9 +135,14 @@ def _compare(given: dict[str, Any]) -> int:
 
 
 def _interrupted(command: str, out: str | Path, settings: str) -> int:
+    if processes.rank() > 0:
+        return 130
+    program, count = "wus-ext", os.environ.get("LOCAL_WORLD_SIZE")
+    if launched_count() > 1:
+        program = f"torchrun --nproc-per-node {count or launched_count()} -m wus_ext"
     hint = "before training began"
     if (Path(out).expanduser() / settings).exists():
-        hint = f"continue with: wus-ext {command} --resume --out {shlex.quote(str(out))}"
+        hint = f"continue with: {program} {command} --resume --out {shlex.quote(str(out))}"
     print(f"\ninterrupted; {hint}", file=sys.stderr)
     return 130
 
@@ -174,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
         "train one network",
         "Train one network. A run folder keeps config.json, metrics.jsonl, last.pt and best.pt "
         "(best by validation accuracy, or by test accuracy without --validation).",
-        "example: wus-ext train --model vgg16 --dataset cifar10 --method wus --epochs 60",
+        "example: wus-ext train --model vgg16 --dataset cifar10 --method wus --epochs 60. In "
+        "several processes: torchrun --nproc-per-node 2 -m wus_ext train ...",
     )
     _add_config(train, skip=())
     _add_folder(

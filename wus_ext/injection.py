@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,10 @@ from .program import ProgramCache
 Skippable = dict[nn.Module, dict[str, bool]]
 
 STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
+
+#: Called with a converted model at the start of its forward pass.
+before_step: list[Callable[[nn.Module], None]] = []
+
 NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
@@ -75,6 +79,8 @@ class SkipModel(SkipModule):
         cache = self._skip_programs
         if cache is None or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
+        for observer in before_step:
+            observer(self)
         if not self.skip_window:
             cache.end_window()
             return super().forward(*args, **kwargs)

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from . import processes
 from .window import set_skip
 
 __all__ = ["WUS", "WUSLR", "Phase", "Settings", "decide"]
@@ -139,8 +140,8 @@ class WUS:
         TypeError: a setting is not of its type.
         ValueError: a setting is out of its range, or ``model`` has no layer that can skip.
 
-    With ``DistributedDataParallel`` every process must pass the same accuracy, that of the whole
-    held-out set, else their decisions differ.
+    In several processes each passes its own accuracy, and all decide by the mean: :meth:`step`
+    must be called in every process.
 
     >>> import torch, wus_ext
     >>> model = wus_ext.convert(torch.nn.Linear(4, 2))
@@ -185,7 +186,8 @@ class WUS:
         """Record the accuracy of the epoch that just ended and switch the model for the next.
 
         Args:
-            accuracy: held-out accuracy in percent, in [0, 100]: a number or a 0-dim tensor.
+            accuracy: held-out accuracy in percent, in [0, 100]: a number or a 0-dim tensor. Of
+                several processes each gives its own; the mean over them counts.
 
         Returns:
             Whether the next epoch skips weight updates.
@@ -194,7 +196,12 @@ class WUS:
             TypeError: ``accuracy`` is not a number.
             ValueError: ``accuracy`` is NaN or outside [0, 100]. The policy is unchanged then.
         """
-        return self._advance(_percent(accuracy))
+        return self._advance(self._mean(accuracy, _percent))
+
+    def _mean(self, value: Any, check: Callable[[Any], float]) -> float:
+        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        group = self.model.process_group if wrapped else None
+        return processes.mean(value, check, group)
 
     def _advance(self, accuracy: float, *, lr_dropped: bool = False) -> bool:
         history = [*self._history, accuracy]
@@ -339,7 +346,8 @@ class WUSLR(WUS):
         """Step the scheduler, then do as :meth:`WUS.step`.
 
         Args:
-            accuracy: held-out accuracy in percent, in [0, 100]: a number or a 0-dim tensor.
+            accuracy: held-out accuracy in percent, in [0, 100]: a number or a 0-dim tensor. Of
+                several processes each gives its own; the mean over them counts.
             metric: what a ``ReduceLROnPlateau`` watches, by default the accuracy (which needs
                 ``mode="max"``; a warning says so). Other schedulers take none.
 
@@ -351,7 +359,9 @@ class WUSLR(WUS):
             ValueError: ``accuracy`` is NaN or outside [0, 100], or ``metric`` is given to a
                 scheduler that takes none. Scheduler and policy are unchanged then.
         """
-        percent = _percent(accuracy)
+        percent = self._mean(accuracy, _percent)
+        if metric is not None and processes.count() > 1:
+            metric = self._mean(metric, float)
         trained = self._trained_lrs if self.skipping else self._lrs()
         self._step_scheduler(percent, metric)
         # The slack is for rounding: halving by gamma=0.5 is a drop to 0.5, whatever the dtype.

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .distributed import make_skip_aware, make_stock, set_wrappers
 from .injection import (
     NORMS,
     SkipModel,
@@ -95,6 +96,7 @@ tensor (8 values) trains
     """
     check_module(model)
     options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse)
+    set_wrappers(model, make_skip_aware)
     root = unwrap(model)
     for name, module in root.named_modules():
         if (
@@ -177,6 +179,7 @@ def revert(model: Model) -> Model:
             for name in ("skip_gamma", "frozen_statistics", "_skip_programs"):
                 module.__dict__.pop(name, None)
             module.__class__ = stock_class(type(module))
+    set_wrappers(model, make_stock)
     return model
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .distributed import check_parameters, make_skip_aware, set_wrappers, warn_if_unseen
 from .injection import SkipModel, SkipModule, Skippable, skippable_parameters, skipped_now
 from .nn import SkipLayer
 from .selection import Layers, select
@@ -44,10 +45,14 @@ def set_skip(
             gradients with respect to inputs are left. The last call for a layer decides. Default
             False.
 
+    Warns:
+        UserWarning: in several processes, for a model whose wrapper would not notice.
+
     Raises:
         TypeError: if ``model`` is no ``nn.Module``, ``skip`` or ``skip_biases`` no bool, ``layers``
             none of the above.
-        ValueError: if ``model`` has no layer that can skip, ``layers`` means none, or
+        ValueError: if ``model`` has no layer that can skip or is wrapped in the older
+            ``FullyShardedDataParallel`` (use ``fully_shard``), ``layers`` means none, or
             ``skip_biases`` comes without ``skip``.
 
     Example:
@@ -65,6 +70,10 @@ def set_skip(
     if skip_biases and not skip:
         raise ValueError("skip_biases: needs skip=True; set_skip(model, False) trains biases again")
     _check_skips(model)
+    if skip:
+        check_parameters(model)
+        set_wrappers(model, make_skip_aware)
+        warn_if_unseen(model)
     root = unwrap(model)
     skippable = skippable_parameters(root)
     chosen = set(skippable) if layers is None else select(root, layers, skippable)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from wus_ext import processes
 from wus_ext.training import DataError, TrainConfig, load_data
 from wus_ext.training.augment import Normalize, crop_and_flip
 from wus_ext.training.cifar import load_cifar
@@ -124,6 +125,45 @@ def test_evaluation_sees_every_image_once_and_unchanged():
     out = list(data.evaluation_batches(data.test, 4))
     assert [len(labels) for _, labels in out] == [4, 4, 2]
     assert torch.equal(torch.cat([images for images, _ in out]), data.normalize(data.test.images))
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    def be(rank, count):
+        monkeypatch.setattr(processes, "rank", lambda: rank)
+        monkeypatch.setattr(processes, "count", lambda group=None: count)
+
+    return be
+
+
+@pytest.mark.parametrize("files", [False, True], ids=["in_memory", "from_files"])
+def test_processes_share_the_batches_of_one(as_process, tree, files):
+    memory = {"memory_budget": 0.0, "workers": 0} if files else {}
+    data = load_data(folder_config(tree, **memory))
+    whole = list(data.training_batches(6, 0, 1, CPU))
+    tested = list(data.evaluation_batches(data.test, 6))
+    assert len(whole) == data.steps(6) == 2
+    parts, test_parts = [], []
+    for rank in range(3):
+        as_process(rank, 3)
+        assert data.steps(2) == 2
+        parts.append(list(data.training_batches(2, 0, 1, CPU)))
+        test_parts += data.evaluation_batches(data.test, 6)
+    for together, *each in zip(whole, *parts, strict=True):
+        for tensor, *pieces in zip(together, *each, strict=True):
+            assert torch.equal(tensor, torch.cat(pieces))
+    for tensor, pieces in zip(tested[0], zip(*test_parts, strict=True), strict=True):
+        assert torch.equal(tensor, torch.cat(pieces))
+
+
+def test_a_set_smaller_than_the_batches_is_shared_too(as_process):
+    data = tiny.data(train=7)
+    as_process(1, 3)
+    ((images, _),) = data.training_batches(8, 0, 1, CPU)
+    assert len(images) == 2
+    as_process(0, 8)
+    with pytest.raises(DataError, match="7 training images are too few for 8 processes"):
+        data.steps(8)
 
 
 # Subsets

@@ -10,7 +10,13 @@ __all__ = ["Normalize", "crop_and_flip"]
 
 
 def crop_and_flip(
-    images: Tensor, generator: torch.Generator, *, padding: int = 4, flip: bool = True
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    padding: int = 4,
+    flip: bool = True,
+    first: int = 0,
+    of: int | None = None,
 ) -> Tensor:
     """Pad with zeros, crop each image back at a random place and mirror half of them.
 
@@ -19,17 +25,20 @@ def crop_and_flip(
         generator: on the same device as ``images``.
         padding: pixels added on each side; the crop moves by up to this many.
         flip: whether to mirror images left to right with probability one half.
+        first, of: these are the images from ``first`` on of a batch of ``of``, the rest of which
+            is elsewhere; each is treated as in the whole batch. By default they are all.
 
     Returns:
         A new batch of the same shape and dtype, in channels-last memory.
     """
     count, _, height, width = images.shape
     device = images.device
-    shift = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)
+    of, own = of or count, slice(first, first + count)
+    shift = torch.randint(2 * padding + 1, (2, of, 1), generator=generator, device=device)[:, own]
     rows = shift[0] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(count, width)
     if flip:
-        mirrored = torch.rand((count, 1), generator=generator, device=device) < 0.5
+        mirrored = torch.rand((of, 1), generator=generator, device=device)[own] < 0.5
         columns = torch.where(mirrored, width - 1 - columns, columns)
     columns = columns + shift[1]
     # One gather crops and mirrors; pixels are its innermost, contiguous elements.

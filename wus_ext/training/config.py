@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import processes
 from ..options import ALGORITHMS, NORMS
 from ..policy import Settings
 from .errors import ConfigError
@@ -59,8 +61,12 @@ class TrainConfig:
         choices=METHODS,
     )
 
+    dropout: float = option(0.5, "of AlexNet's and VGG's linear layers, in [0, 1)")
+
     epochs: int = option(30, "passes over the training images")
-    batch_size: int = option(128, "images per step; an incomplete last batch is left out")
+    batch_size: int = option(
+        128, "images per step, of each process; an incomplete last batch is left out"
+    )
     lr: float = option(0.01, "initial learning rate of SGD")
     momentum: float = option(0.9, "momentum of SGD, in [0, 1)")
     weight_decay: float = option(5e-4, "L2 penalty of SGD")
@@ -141,6 +147,7 @@ class TrainConfig:
         for name in ("limit_train", "limit_test"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
+        _number("dropout", self.dropout, "in [0, 1)", lambda x: 0 <= x < 1)
         _number("lr", self.lr, "positive", lambda x: x > 0)
         _number("momentum", self.momentum, "in [0, 1)", lambda x: 0 <= x < 1)
         _number("weight_decay", self.weight_decay, "at least 0", lambda x: x >= 0)
@@ -173,7 +180,7 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
     def torch_device(self) -> torch.device:
-        """The device that ``device`` means here.
+        """The device that ``device`` means here: of several processes each has a GPU of its own.
 
         Raises:
             ConfigError: it is no device, or not present.
@@ -187,8 +194,10 @@ class TrainConfig:
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}") from error
         if device.type not in ("cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        if device == torch.device("cuda") and processes.count() > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"device {self.device!r} is not present: use cpu or auto")
+            raise ConfigError(f"device {str(device)!r} is not present: use cpu or auto")
         return device
 
     def run_name(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import processes
 from .augment import Normalize, crop_and_flip
 from .cifar import load_cifar
 from .config import TrainConfig
@@ -46,23 +47,38 @@ class Data:
         """One epoch of augmented, normalised batches; equal arguments give equal batches.
 
         Every batch is full: up to ``size - 1`` images, others in each epoch, are left out. A set
-        smaller than ``size`` gives one batch.
+        smaller than ``size`` gives one batch. Of several processes each gets its part of batches
+        that are together ``size`` times their number, as one process would get them.
         """
         # The order comes from the CPU's generator, so it is the same on every device.
         order = torch.randperm(len(self.train), generator=generator("cpu", seed, "order", epoch))
-        size = min(size, len(order))
+        size, together = self._sizes(size)
+        first = processes.rank() * size
+        order = order[: len(order) // together * together].view(-1, together)
+        order = order[:, first : first + size].flatten()
         random = generator(device, seed, "augment", epoch)
-        for images, labels in self.train.batches(order[: len(order) // size * size], size):
-            yield self.normalize(crop_and_flip(images, random, flip=self.flip)), labels
+        for images, labels in self.train.batches(order, size):
+            images = crop_and_flip(images, random, flip=self.flip, first=first, of=together)
+            yield self.normalize(images), labels
 
     def evaluation_batches(self, split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images of ``split``, normalised, in their order."""
-        for images, labels in split.batches(torch.arange(len(split)), size):
+        """All images of ``split``, normalised, in their order; of several processes each gets
+        its part."""
+        part = torch.arange(len(split)).tensor_split(processes.count())[processes.rank()]
+        for images, labels in split.batches(part, size):
             yield self.normalize(images), labels
 
     def steps(self, size: int) -> int:
         """Batches that :meth:`training_batches` yields."""
-        return len(self.train) // min(size, len(self.train))
+        return len(self.train) // self._sizes(size)[1]
+
+    def _sizes(self, size: int) -> tuple[int, int]:
+        """Images of a step in one process, and in all together."""
+        count = processes.count()
+        if len(self.train) < count:
+            raise DataError(f"{len(self.train)} training images are too few for {count} processes")
+        size = min(size, len(self.train) // count)
+        return size, size * count
 
 
 def load_data(config: TrainConfig) -> Data:

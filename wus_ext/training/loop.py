@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .. import processes
 from .timing import StepTimer, synchronize
 
 __all__ = ["Result", "Totals", "evaluate", "train_epoch"]
@@ -37,7 +38,10 @@ class Result:
 
 
 class Totals:
-    """Running sums that stay on the device: reading them, and only that, waits for it."""
+    """Running sums that stay on the device: reading them, and only that, waits for it.
+
+    They are those of this process; :meth:`of_all` adds up several.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -55,6 +59,12 @@ class Totals:
         images = max(1, self.images)
         return self.loss.item() / images, 100 * self.correct.item() / images
 
+    def of_all(self) -> tuple[float, float, int]:
+        """Mean loss, accuracy in percent and number of images in all processes together."""
+        each = processes.gather((self.loss.item(), self.correct.item(), self.images))
+        loss, correct, images = map(sum, zip(*each, strict=True))
+        return loss / max(1, images), 100 * correct / max(1, images), images
+
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Mixed precision as ``amp`` ("off", "bf16" or "fp16") says."""
@@ -71,7 +81,7 @@ def train_epoch(
     scaler: torch.amp.GradScaler | None = None,
     on_step: Callable[[Totals], None] | None = None,
 ) -> Result:
-    """Train ``model`` on every batch once.
+    """Train ``model`` on every batch once; of several processes each brings its own batches.
 
     Args:
         batches: pairs of images (N, C, H, W) and labels (N,) on ``device``.
@@ -97,7 +107,7 @@ def train_epoch(
             on_step(totals)
     synchronize(device)
     seconds = time.perf_counter() - start
-    return Result(*totals.read(), totals.images, seconds, timer.median())
+    return Result(*totals.of_all(), seconds, timer.median())
 
 
 @torch.no_grad()
@@ -117,5 +127,5 @@ def evaluate(
             output = model(images)
             loss = cross_entropy(output, labels)
         totals.add(loss, output, labels)
-    result = totals.read()
-    return Result(*result, totals.images, time.perf_counter() - start)
+    result = totals.of_all()
+    return Result(*result, time.perf_counter() - start)

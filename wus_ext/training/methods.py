@@ -31,7 +31,9 @@ def build_model(
         model = build(classes)
     else:
         name, _, suffix = config.model.partition("_")
-        options = {"batch_norm": True} if suffix == "bn" else {}
+        options = {} if name == "resnet18" else {"dropout": config.dropout}
+        if suffix == "bn":
+            options["batch_norm"] = True
         model = getattr(models, name)(num_classes=classes, **options)
     if config.method == "baseline":
         return revert(model)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from .. import processes
 from ..skip import packed_bytes
 from .config import TrainConfig
 from .data import Data, load_data
-from .errors import DataError, TrainingError
+from .errors import ConfigError, DataError, TrainingError
 from .loop import evaluate, train_epoch
 from .methods import build_model, build_policy, build_scheduler
 from .progress import Progress
@@ -32,6 +34,9 @@ class Trainer:
     with the same weights as an uninterrupted one, bit for bit (same machine, same thread count).
     The global seed of torch is set at construction and at each epoch.
 
+    In several processes (torch.distributed initialised, a trainer in each) every one trains on
+    its part of each batch with ``DistributedDataParallel``, and the first keeps the files.
+
     Args:
         config: the settings.
         out: folder of the run; ``None`` keeps nothing on disk.
@@ -43,6 +48,7 @@ class Trainer:
     Attributes:
         history: one record (a dict) per finished epoch, as in ``metrics.jsonl``.
         model, optimizer, scheduler, policy: what is trained, with what; the last two may be None.
+        replica: the model, wrapped in ``DistributedDataParallel`` where there are several.
 
     Raises:
         ConfigError: a setting is wrong, or contradicts the run in ``out``.
@@ -73,13 +79,14 @@ class Trainer:
         self.device = config.torch_device()
         self.folder = RunFolder(out) if out is not None else None
         if self.folder:
-            self.folder.check(config, resume=resume)
-        self.data = data or load_data(config)
+            processes.from_first(lambda: self.folder.check(config, resume=resume))
+        self.data = data or _load_once(config)
 
         torch.manual_seed(mix(config.seed, "weights"))
         self.model = build_model(config, len(self.data.classes), build).to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.replica = self._replicate()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -87,16 +94,26 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.scheduler = build_scheduler(config, self.optimizer)
-        self.policy = build_policy(config, self.model, self.scheduler)
+        self.policy = build_policy(config, self.replica, self.scheduler)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
 
         if self.folder:
-            self.folder.create(config)
-            state = self.folder.restore()
+            state = processes.from_first(self._open_folder)
             if state:
                 self._load_state_dict(state)
+
+    def _replicate(self) -> nn.Module:
+        """The model as it trains: one of several replicas, or itself."""
+        if processes.count() == 1:
+            return self.model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, device_ids=device_ids)
+
+    def _open_folder(self) -> dict[str, Any] | None:
+        self.folder.create(self.config)
+        return self.folder.restore()
 
     @property
     def finished(self) -> bool:
@@ -119,14 +136,16 @@ class Trainer:
         epoch = len(self.history) + 1
         skipped = self.policy is not None and self.policy.skipping
         rate = self.optimizer.param_groups[0]["lr"]
-        torch.manual_seed(mix(config.seed, "epoch", epoch))
+        # Dropout of its own for each process.
+        rank = processes.rank()
+        torch.manual_seed(mix(config.seed, "epoch", epoch, *([rank] if rank else [])))
         on_step = None
         if self.progress:
             steps = data.steps(config.batch_size)
             on_step = self.progress.begin(epoch, config.epochs, steps, skipped)
         try:
             training = train_epoch(
-                self.model,
+                self.replica,
                 data.training_batches(config.batch_size, config.seed, epoch, self.device),
                 self.optimizer,
                 device=self.device,
@@ -141,6 +160,7 @@ class Trainer:
             raise TrainingError(self._diverged(epoch, rate))
 
         packed = packed_bytes(self.model)
+        self._share_buffers()
         validation = self._evaluate(data.validation) if data.validation else None
         test = self._evaluate(data.test)
         watched = validation if config.watch == "validation" else training
@@ -166,6 +186,12 @@ class Trainer:
             self.progress.end(record, config.epochs)
         return record
 
+    def _share_buffers(self) -> None:
+        """Running statistics of the first process for all, as DistributedDataParallel has it."""
+        if processes.count() > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
     def _evaluate(self, split: Any) -> Any:
         batches = self.data.evaluation_batches(split, self.config.batch_size)
         return evaluate(self.model, batches, device=self.device, amp=self.config.amp)
@@ -185,7 +211,7 @@ class Trainer:
         best = not self.best_epoch or record[key] > self.history[self.best_epoch - 1][key]
         if best:
             self.best_epoch = record["epoch"]
-        if self.folder:
+        if self.folder and processes.rank() == 0:
             self.folder.save(self.state_dict(), record, best=best)
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,6 +219,7 @@ class Trainer:
         return {
             "format": _FORMAT,
             "config": self.config.to_dict(),
+            "processes": processes.count(),
             "epoch": len(self.history),
             "best_epoch": self.best_epoch,
             "train_seconds": sum(record["train_seconds"] for record in self.history),
@@ -207,6 +234,11 @@ class Trainer:
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("format") != _FORMAT:
             raise DataError(f"{self.folder.last} has format {state.get('format')}, not {_FORMAT}")
+        if state.get("processes", 1) != processes.count():
+            raise ConfigError(
+                f"cannot resume {self.folder.path}: it trained in {state['processes']} processes, "
+                f"here are {processes.count()}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler:
@@ -222,6 +254,13 @@ class Trainer:
             f"the training loss of {self.config.model} ({self.config.method}) became infinite or "
             f"NaN in epoch {epoch}: use a lower --lr (it was {rate:.4g}){kept}"
         )
+
+
+def _load_once(config: TrainConfig) -> Data:
+    """Loads the data, in the first process before the others, so that one downloads."""
+    loaded: list[Data] = []
+    processes.from_first(lambda: loaded.append(load_data(config)))
+    return loaded[0] if loaded else load_data(config)
 
 
 def train(config: TrainConfig, **options: Any) -> list[dict[str, Any]]:
