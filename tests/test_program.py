@@ -227,6 +227,26 @@ def test_a_chain_keeps_stocks_layout(name):
     assert skip(x).is_contiguous() == stock(x).is_contiguous()
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("act", ["none", "relu", "pool", "norm"])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_one_channel(kernel, act, channels_last):
+    """Images and weights of one channel are of both layouts at once."""
+    after = {
+        "none": [],
+        "relu": [nn.ReLU()],
+        "pool": [nn.ReLU(), nn.MaxPool2d(2)],
+        "norm": [nn.BatchNorm2d(8), nn.ReLU()],
+    }[act]
+    stock = nn.Sequential(conv(1, 8, kernel, padding=kernel // 2), *after)
+    stock.append(conv(8, 1, kernel, padding=kernel // 2)).append(nn.ReLU())
+    if channels_last:
+        stock = stock.to(memory_format=torch.channels_last)
+    skip = wus_ext.convert(copy.deepcopy(stock))
+    wus_ext.set_skip(skip, True)
+    check(frozen(stock), skip, images((2, 1, 12, 10), channels_last), tolerance=2e-5)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 13, 37])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["conv_relu", "conv_norm_relu", "conv_relu_pool", "functional"])
