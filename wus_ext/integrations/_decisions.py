@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..policy import WUS, WUSLR, Settings
+from ..policy import WUS, WUSLR, Settings, check_lr_drop
 from ..skip import set_skip
 
 
@@ -31,15 +31,11 @@ class Decisions:
     def __init__(
         self, monitor: str, *, percent: bool, lr_drop: float | None, **settings: Any
     ) -> None:
-        self.monitor, self.percent, self.lr_drop, self.settings = (
-            monitor,
-            percent,
-            lr_drop,
-            settings,
-        )
         Settings(**settings)
         if lr_drop is not None:
-            WUSLR.check_lr_drop(lr_drop)
+            check_lr_drop(lr_drop)
+        self.monitor, self.percent = monitor, percent
+        self.lr_drop, self.settings = lr_drop, settings
         self.policy: WUS | None = None
         self._rates: SeenRates | None = None
         self._heard: float | None = None
@@ -120,9 +116,7 @@ class SeenRates:
         return self
 
     def step(self) -> None:
-        self.load(
-            [float(group["lr"]) for made in self._optimizers for group in made.param_groups]
-        )
+        self.load([float(group["lr"]) for made in self._optimizers for group in made.param_groups])
 
     def load(self, rates: Sequence[float]) -> None:
         self.param_groups = [{"lr": rate} for rate in rates]

@@ -87,12 +87,11 @@ class WeightUpdateSkipping(pl.Callback):
         return self._generate_state_key(monitor=self.monitor)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not any(isinstance(m, SkipLayer) for m in pl_module.modules()):
-            convert_module(pl_module)
+        if stage == "fit":
+            convert_once(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not any(isinstance(m, SkipLayer) for m in pl_module.modules()):
-            convert_module(pl_module)  # made by configure_model
+        convert_once(pl_module)  # if made by configure_model
         self._decisions.start(pl_module, trainer.optimizers)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -131,11 +130,17 @@ class WeightUpdateSkipping(pl.Callback):
         self._decisions.load_state_dict(state_dict)
 
 
-def convert_module(module: pl.LightningModule) -> None:
+def convert_once(module: pl.LightningModule) -> None:
     """Converts a LightningModule and each network in it, so that either may be called."""
+    if not has_parameters(module) or any(isinstance(m, SkipLayer) for m in module.modules()):
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "convert: ", UserWarning)  # a part may have no bias
         for child in module.children():
-            if any(True for _ in child.parameters()):
+            if has_parameters(child):
                 convert(child)
     convert(module)
+
+
+def has_parameters(module: torch.nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
