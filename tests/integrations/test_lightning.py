@@ -101,7 +101,7 @@ def batches():
     return torch.utils.data.DataLoader(data, batch_size=4)
 
 
-def fit(model, callback, *, epochs=len(FLAT), checkpoint=None, more=(), validate=True, **options):
+def fit(model, callback, *, epochs=8, checkpoint=None, more=(), validate=True, **options):
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
