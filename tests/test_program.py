@@ -562,7 +562,7 @@ def test_a_part_with_surroundings_of_its_own_keeps_them(within, around):
         expected, wanted, _ = run(stock, x, grad_output.to(stock(x).dtype))
         actual, got, _ = run(skip, x, grad_output.to(expected.dtype))
     assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert (got is None) == (wanted is None)
     for name, parameter in stock.named_parameters():
         assert (skip.get_parameter(name).grad is None) == (parameter.grad is None), name
