@@ -86,11 +86,11 @@ class Attack:
 
 class SkipAttack(Attack):
     def __call__(self) -> None:
-        with wus_ext.skip_weight_updates(self.model):
+        with wus_ext.skip_weight_updates(self.model, skip_biases=True):
             super().__call__()
 
     def saved(self) -> int:
-        with wus_ext.skip_weight_updates(self.model):
+        with wus_ext.skip_weight_updates(self.model, skip_biases=True):
             return super().saved()
 
 
@@ -108,7 +108,7 @@ def settled(name: str) -> nn.Module:
 def check(stock: Attack, skip: Attack) -> None:
     """The first step's gradient is stock's, before anything is timed."""
     wanted = by_grad(stock.model, stock.images.clone().requires_grad_(), stock.labels)
-    with wus_ext.skip_weight_updates(skip.model):
+    with wus_ext.skip_weight_updates(skip.model, skip_biases=True):
         got = by_grad(skip.model, skip.images.clone().requires_grad_(), skip.labels)
     error = ((got - wanted).norm() / wanted.norm()).item()
     if error > 1e-2:
