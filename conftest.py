@@ -1,7 +1,16 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 import wus_ext
+
+# Documented examples of the extra [integrations], where its libraries are not installed.
+collect_ignore = [
+    f"wus_ext/integrations/{name}.py"
+    for name in ("lightning", "transformers")
+    if find_spec(name) is None
+]
 
 
 @pytest.fixture(autouse=True)

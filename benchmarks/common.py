@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -75,6 +75,28 @@ def interleaved(variants: dict[str, Callable[[], None]], rounds: int) -> dict[st
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once.
+
+    Args:
+        forward: returns what holds the graph.
+        kept: what lives anyway and does not count: parameters, buffers, inputs.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = tensor  # holding it keeps the address from being reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = forward()
+    del held
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def median_ms(seconds: list[float]) -> float:

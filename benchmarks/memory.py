@@ -13,28 +13,16 @@ import argparse
 import copy
 
 import torch
-from common import NETWORKS, TrainingStep, batch, freeze, machine, table
+from common import NETWORKS, TrainingStep, batch, freeze, machine, saved_bytes, table
 
 import wus_ext
 
 MIB = 2**20
 
 
-def saved_bytes(step: TrainingStep) -> int:
+def saved(step: TrainingStep) -> int:
     kept = [*step.model.parameters(), *step.model.buffers(), step.input, step.target]
-    known = {tensor.untyped_storage().data_ptr() for tensor in kept}
-    saved: dict[int, torch.Tensor] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = tensor  # holding it keeps the address from being reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step.loss()
-    del loss
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return saved_bytes(step.loss, kept)
 
 
 def peak_bytes(step: TrainingStep) -> int | None:
@@ -56,7 +44,7 @@ def measure(name: str, args: argparse.Namespace) -> list[str]:
     frozen = TrainingStep(freeze(copy.deepcopy(stock)), images, labels)
     skip = TrainingStep(wus_ext.convert(stock, norm=args.norm, algo=args.algo), images, labels)
     wus_ext.set_skip(skip.model, True)
-    sizes = [saved_bytes(step) for step in (full, frozen, skip)]
+    sizes = [saved(step) for step in (full, frozen, skip)]
     peaks = [peak_bytes(step) for step in (full, skip)]
     return [
         name,

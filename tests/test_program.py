@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import wus_ext
 from wus_ext.algorithms import Act, Scheme, packed_nbytes
@@ -225,6 +227,26 @@ def test_a_chain_keeps_stocks_layout(name):
     check(stock, skip, images(channels_last=False), tolerance=2e-5)
     x = images(channels_last=False)
     assert skip(x).is_contiguous() == stock(x).is_contiguous()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("act", ["none", "relu", "pool", "norm"])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_one_channel(kernel, act, channels_last):
+    """Images and weights of one channel are of both layouts at once."""
+    after = {
+        "none": [],
+        "relu": [nn.ReLU()],
+        "pool": [nn.ReLU(), nn.MaxPool2d(2)],
+        "norm": [nn.BatchNorm2d(8), nn.ReLU()],
+    }[act]
+    stock = nn.Sequential(conv(1, 8, kernel, padding=kernel // 2), *after)
+    stock.append(conv(8, 1, kernel, padding=kernel // 2)).append(nn.ReLU())
+    if channels_last:
+        stock = stock.to(memory_format=torch.channels_last)
+    skip = wus_ext.convert(copy.deepcopy(stock))
+    wus_ext.set_skip(skip, True)
+    check(frozen(stock), skip, images((2, 1, 12, 10), channels_last), tolerance=2e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 13, 37])
@@ -496,6 +518,83 @@ class TwoInputs(nn.Module):
     def forward(self, x, scale=None):
         y = self.conv(x)
         return y if scale is None else y * scale
+
+
+class Surrounded(nn.Module):
+    """Runs a part in surroundings of its own, which no graph records."""
+
+    def __init__(self, within):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.within = within
+
+    def forward(self, x):
+        with self.within():
+            x = self.first(x).relu()
+        return self.second(x.float())
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def no_autocast():
+    return torch.autocast("cpu", enabled=False)
+
+
+@pytest.mark.parametrize(
+    ("within", "around"),
+    [
+        (torch.no_grad, nullcontext),
+        (autocast, nullcontext),
+        (no_autocast, autocast),
+    ],
+    ids=["no_grad", "autocast", "no_autocast"],
+)
+def test_a_part_with_surroundings_of_its_own_keeps_them(within, around):
+    stock = frozen(Surrounded(within))
+    skip = wus_ext.convert(copy.deepcopy(stock))
+    wus_ext.set_skip(skip, True)
+    run(skip, images())
+    x, grad_output = images(), torch.randn(2, 4, 12, 10)
+    with around():
+        expected, wanted, _ = run(stock, x, grad_output.to(stock(x).dtype))
+        actual, got, _ = run(skip, x, grad_output.to(expected.dtype))
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (got is None) == (wanted is None)
+    for name, parameter in stock.named_parameters():
+        assert (skip.get_parameter(name).grad is None) == (parameter.grad is None), name
+
+
+def test_saved_tensor_hooks_in_forward_are_called():
+    packed = []
+
+    def hooks():
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: packed.append(tensor.shape) or tensor, lambda tensor: tensor
+        )
+
+    skip = wus_ext.convert(Surrounded(hooks))
+    wus_ext.set_skip(skip, True)
+    run(skip, images())
+    assert packed
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad=True. Gradients will be None")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_parts_stay_checkpointed(reentrant):
+    class Checkpointed(Surrounded):
+        def forward(self, x):
+            return checkpoint(self.second, self.first(x), use_reentrant=reentrant)
+
+    skip = wus_ext.convert(Checkpointed(None))
+    wus_ext.set_skip(skip, True)
+    calls = []
+    skip.second.register_forward_pre_hook(lambda *_: calls.append(1))
+    run(skip, images())
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("cls", [Unreadable, MakesConstant])

@@ -131,7 +131,9 @@ class Direct(Unfused):
 
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
         g = self.geometry
-        return aten.conv2d(input, self.weight, bias, g.stride, g.padding, g.dilation, g.groups)
+        output = aten.conv2d(input, self.weight, bias, g.stride, g.padding, g.dilation, g.groups)
+        # With one channel in, input and weight are of both layouts, and oneDNN chooses the other.
+        return output.contiguous(memory_format=torch.channels_last)
 
 
 class Strided(Unfused):

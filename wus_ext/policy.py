@@ -326,9 +326,7 @@ class WUSLR(WUS):
                 "scheduler must be a learning-rate scheduler with an optimizer, "
                 f"got {type(scheduler).__name__}"
             )
-        self.lr_drop = _real("lr_drop", lr_drop)
-        if not 0 < self.lr_drop < 1:
-            raise ValueError(f"lr_drop must be between 0 and 1 (exclusive), got {lr_drop}")
+        self.lr_drop = check_lr_drop(lr_drop)
         self.scheduler = scheduler
         self._trained_lrs: list[float] = []
         super().__init__(
@@ -407,6 +405,14 @@ class WUSLR(WUS):
 
     def _settings(self) -> dict[str, float]:
         return {**super()._settings(), "lr_drop": self.lr_drop}
+
+
+def check_lr_drop(lr_drop: Any) -> float:
+    """``lr_drop`` of :class:`WUSLR` as a float; TypeError or ValueError if it cannot be one."""
+    value = _real("lr_drop", lr_drop)
+    if not 0 < value < 1:
+        raise ValueError(f"lr_drop must be between 0 and 1 (exclusive), got {lr_drop}")
+    return value
 
 
 def _real(name: str, value: Any) -> float:

@@ -74,8 +74,8 @@ class Program:
 class ProgramCache:
     """A converted model's programs and transformed weights; a copy of the model starts anew.
 
-    There is one program for each state of the model (training, evaluation, hooks), or None where
-    it cannot be traced.
+    There is one program for each state of the model (training, evaluation, hooks) and of its
+    surroundings (autocast, no_grad), or None where it cannot be traced.
     """
 
     MOST_PROGRAMS = 8
@@ -103,7 +103,7 @@ class ProgramCache:
             or nn.modules.module._has_any_global_hook()
         ):
             return None
-        now = signature(model)
+        now = (signature(model), ambient())
         if now not in self._programs:
             if len(self._programs) == self.MOST_PROGRAMS:
                 self._programs.clear()
@@ -146,6 +146,15 @@ def signature(model: nn.Module) -> tuple:
     )
 
 
+def ambient() -> tuple:
+    """What a ``with`` statement inside forward may change and a graph does not record."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches this module's calls; then it is called, never fused."""
     return bool(
@@ -167,6 +176,22 @@ def _is_channels_last(tensor: Tensor) -> bool:
 class _Tracer(fx.Tracer):
     traced_func_name = "_forward_of_one_tensor"
     proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outside = self._surroundings()
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        if self._surroundings() != self._outside:
+            raise fx.proxy.TraceError(
+                "forward runs a part under no_grad, autocast, saved-tensor hooks or checkpoint"
+            )
+        return super().create_proxy(*args, **kwargs)
+
+    @staticmethod
+    def _surroundings() -> tuple:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return (*ambient(), hooks)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
