@@ -6,8 +6,6 @@
 namespace wus::cuda {
 namespace {
 
-constexpr int kMaxBlocks = 8192;
-
 // input and output may be the same memory, so neither is __restrict__.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
@@ -83,9 +81,8 @@ void relu(const T* input, const T* other, T* output, uint8_t* mask, int64_t rows
   const Cover c = cover(rows, channels, 1, kMaxBlocks);
   with_vector(
       [&](auto vector) {
-        relu_kernel<T, vector.value>
-            <<<c.grid, c.block, 0, stream>>>(input, other, output, mask, rows, channels);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(relu_kernel<T, vector.value>, c.grid, c.block, stream, input, other, output, mask,
+               rows, channels);
       },
       channels, input, other, output);
 }
@@ -96,9 +93,8 @@ void apply_mask(const T* grad, const uint8_t* mask, float scale, T* output, int6
   const Cover c = cover(rows, channels, 1, kMaxBlocks);
   with_vector(
       [&](auto vector) {
-        apply_mask_kernel<T, vector.value>
-            <<<c.grid, c.block, 0, stream>>>(grad, mask, scale, output, rows, channels);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(apply_mask_kernel<T, vector.value>, c.grid, c.block, stream, grad, mask, scale,
+               output, rows, channels);
       },
       channels, grad, output);
 }
@@ -112,8 +108,7 @@ void mask_bias_grad(const T* grad, const uint8_t* mask, T* grad_input, float* pa
         auto kernel = mask_bias_grad_kernel<T, vector.value, false, false>;
         if (mask) kernel = mask_bias_grad_kernel<T, vector.value, true, false>;
         if (mask && grad_input) kernel = mask_bias_grad_kernel<T, vector.value, true, true>;
-        kernel<<<c.grid, c.block, 0, stream>>>(grad, mask, grad_input, partial, rows, channels);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(kernel, c.grid, c.block, stream, grad, mask, grad_input, partial, rows, channels);
       },
       channels, grad, grad_input);
   add_partials(partial, c.grid.y, channels, grad_bias, stream);

@@ -14,6 +14,7 @@ namespace wus::cuda {
 constexpr int kOctet = 8;
 constexpr int kThreads = 256;
 constexpr int kOctetsAbreast = 32;  // at most, in a block: 512 bytes of halves
+constexpr int kMaxBlocks = 8192;    // of kernels that sum nothing
 
 struct Cover {
   dim3 grid, block;

@@ -6,8 +6,6 @@
 namespace wus::cuda {
 namespace {
 
-constexpr int kMaxBlocks = 8192;
-
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     relu_max_pool_kernel(const T* __restrict__ input, int64_t height, int64_t width, bool relu,
@@ -80,9 +78,8 @@ void relu_max_pool(const T* input, int64_t height, int64_t width, bool relu, T* 
   const Cover c = cover(rows, channels, 1, kMaxBlocks);
   with_vector(
       [&](auto vector) {
-        relu_max_pool_kernel<T, vector.value><<<c.grid, c.block, 0, stream>>>(
-            input, height, width, relu, output, code, rows, channels);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(relu_max_pool_kernel<T, vector.value>, c.grid, c.block, stream, input, height, width,
+               relu, output, code, rows, channels);
       },
       channels, input, output, code);
 }
@@ -96,9 +93,8 @@ void max_pool_bias_grad(const T* grad, const uint8_t* code, int64_t height, int6
       [&](auto vector) {
         auto kernel = grad_input ? max_pool_bias_grad_kernel<T, vector.value, true>
                                  : max_pool_bias_grad_kernel<T, vector.value, false>;
-        kernel<<<c.grid, c.block, 0, stream>>>(grad, code, height, width, grad_input, partial, rows,
-                                               channels);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(kernel, c.grid, c.block, stream, grad, code, height, width, grad_input, partial,
+               rows, channels);
       },
       channels, grad, grad_input, code);
   add_partials(partial, c.grid.y, channels, grad_bias, stream);

@@ -2,8 +2,7 @@
 // those. Every addition's place is fixed by the shape, so that results repeat bit for bit.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-
+#include "grid.cuh"
 #include "octets.cuh"
 
 namespace wus::cuda {
@@ -65,8 +64,8 @@ template <class T>
 void add_partials(const float* partial, int64_t blocks, int64_t channels, T* total,
                   cudaStream_t stream) {
   const dim3 grid((channels + kWarp - 1) / kWarp);
-  add_partials_kernel<T><<<grid, dim3(kWarp, kWarp), 0, stream>>>(partial, blocks, channels, total);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(add_partials_kernel<T>, grid, dim3(kWarp, kWarp), stream, partial, blocks, channels,
+         total);
 }
 
 }  // namespace wus::cuda

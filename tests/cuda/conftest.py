@@ -1,13 +1,39 @@
+from __future__ import annotations
+
 import pytest
 import torch
 
 import wus_ext
 
+from . import emulator
 
-@pytest.fixture(autouse=True)
-def _gpu():
-    """Everything in this folder runs on a GPU, and only this folder needs one."""
+
+class Gpu:
+    """Where the CUDA kernels run: ``ops`` take tensors of ``device``, and a call moves one there."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.ops = torch.ops.wus if device == "cuda" else emulator.load()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.device)
+
+
+def need_gpu() -> None:
     if wus_ext.build_info()["cuda"] is None:
         pytest.skip("wus_ext was built without CUDA")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def gpu(request) -> Gpu:
+    if request.param == "emulated":
+        return Gpu("cpu")
+    need_gpu()
+    return Gpu("cuda")
+
+
+@pytest.fixture
+def real_gpu() -> None:
+    need_gpu()

@@ -10,6 +10,8 @@ from ..cpu.rows import dense, same
 
 ops = torch.ops.wus
 
+pytestmark = pytest.mark.usefixtures("real_gpu")
+
 
 def every_kernel(g, x):
     y, mask = ops.relu_mask(x)

@@ -1,0 +1,13 @@
+// The kernels and launchers of csrc/cuda on the emulated GPU, as operators wus_emulated::* that
+// take tensors on the CPU. One translation unit: torch's headers cost more than all the rest.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#undef TORCH_LIBRARY_IMPL
+#define TORCH_LIBRARY_IMPL(ns, key, m) _TORCH_LIBRARY_IMPL(wus_emulated, CPU, m, C10_UID)
+#define is_cuda is_cpu
+
+#include "cuda/mask.cpp"
+#include "cuda/mask_kernels.cu"
+#include "cuda/pool.cpp"
+#include "cuda/pool_kernels.cu"
