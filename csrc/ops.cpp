@@ -37,7 +37,8 @@ TORCH_LIBRARY(wus, m) {
   m.def("apply_mask(Tensor grad_output, Tensor mask, float scale=1) -> Tensor");
 
   // Batch norm in training mode. act: 0 none, 1 ReLU with a mask, 2 ReLU and 2x2 max-pool with
-  // codes, 3 ReLU whose mask backward computes again from the input (see cpu/batch_norm_kernels.h).
+  // codes, 3 ReLU whose mask backward computes again from the input (see activation.h). Without a
+  // scale, batch_norm_apply adds the shift alone: a bias.
   m.def("batch_norm_stats(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(
       "batch_norm_scale_shift(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
@@ -46,7 +47,7 @@ TORCH_LIBRARY(wus, m) {
       "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
       "Tensor var, float momentum, SymInt count) -> ()");
   m.def(
-      "batch_norm_apply(Tensor input, Tensor scale, Tensor shift, Tensor? residual=None, "
+      "batch_norm_apply(Tensor input, Tensor? scale, Tensor shift, Tensor? residual=None, "
       "int act=0) -> (Tensor output, Tensor mask)");
   m.def(
       "batch_norm_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor? mask=None, "

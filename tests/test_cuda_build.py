@@ -15,6 +15,15 @@ KERNELS = [
     "mask_bias_grad",
     "relu_max_pool",
     "max_pool_bias_grad",
+    "batch_norm_stats",
+    "batch_norm_scale_shift",
+    "batch_norm_update_running",
+    "batch_norm_apply",
+    "batch_norm_grad_sums",
+    "batch_norm_grad_coefficients",
+    "batch_norm_grad_input",
+    "dropout_mask",
+    "relu_dropout_mask",
 ]
 
 needs_cuda_build = pytest.mark.skipif(

@@ -1,4 +1,5 @@
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -114,13 +115,14 @@ void batch_norm_update_running(at::Tensor running_mean, at::Tensor running_var,
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
-                                                    const at::Tensor& scale,
+                                                    const OptionalTensor& scale,
                                                     const at::Tensor& shift,
                                                     const OptionalTensor& residual, int64_t act) {
   check_act(act, input);
   const at::Tensor x = as_rows(input, "input");
   const Rows shape(x);
-  const at::Tensor s = per_channel(scale, "scale", shape.channels);
+  const at::Tensor s = scale ? per_channel(*scale, "scale", shape.channels)
+                             : at::ones({shape.channels}, x.options().dtype(at::kFloat));
   const at::Tensor t = per_channel(shift, "shift", shape.channels);
   at::Tensor added;
   if (residual) {

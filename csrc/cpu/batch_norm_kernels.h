@@ -5,16 +5,10 @@
 
 #include <stdint.h>
 
+#include "../activation.h"
 #include "dispatch.h"
 
 namespace wus::cpu {
-
-enum Activation : int {
-  kNone = 0,
-  kReluMask = 1,       // stores a bit mask, for backward
-  kReluMaxPool = 2,    // stores codes, see pool_kernels.h
-  kReluRecompute = 3,  // stores nothing: backward applies scale and shift again
-};
 
 struct BatchNorm {
   const float* x;

@@ -17,9 +17,9 @@ at::Tensor relu_into(const at::Tensor& input, const at::Tensor& other, const at:
   if (input.numel() == 0) return mask;
   const auto stream = c10::cuda::getCurrentCUDAStream();
   WUS_DISPATCH_DTYPE(input.scalar_type(), "relu_mask", [&] {
-    relu(input.const_data_ptr<scalar_t>(),
-         other.defined() ? other.const_data_ptr<scalar_t>() : nullptr, output.data_ptr<scalar_t>(),
-         mask.data_ptr<uint8_t>(), shape.rows, shape.channels, stream);
+    relu(input.const_data_ptr<scalar_t>(), Affine{},
+         other.defined() ? other.const_data_ptr<scalar_t>() : nullptr, /*relu=*/true,
+         output.data_ptr<scalar_t>(), mask.data_ptr<uint8_t>(), shape.rows, shape.channels, stream);
   });
   return mask;
 }
@@ -80,16 +80,16 @@ std::tuple<at::Tensor, at::Tensor> mask_bias_grad(const at::Tensor& grad_output,
   const Rows shape(grad);
   const bool store = mask && need_grad_input;
   at::Tensor grad_input = store ? empty_rows(grad) : nothing(grad);
-  if (grad.numel() == 0) return {grad_input, at::zeros({shape.channels}, grad.options())};
-  at::Tensor grad_bias = at::empty({shape.channels}, grad.options());
-  at::Tensor partial =
-      at::empty({partial_sums(shape.rows, shape.channels)}, grad.options().dtype(at::kFloat));
+  const auto floats = grad.options().dtype(at::kFloat);
+  if (grad.numel() == 0) return {grad_input, at::zeros({shape.channels}, floats)};
+  at::Tensor grad_bias = at::empty({shape.channels}, floats);
+  at::Tensor partial = at::empty({partial_sums(shape.rows, shape.channels)}, floats);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   WUS_DISPATCH_DTYPE(grad.scalar_type(), "mask_bias_grad", [&] {
     cuda::mask_bias_grad(
         grad.const_data_ptr<scalar_t>(), mask ? mask->const_data_ptr<uint8_t>() : nullptr,
         store ? grad_input.data_ptr<scalar_t>() : nullptr, partial.data_ptr<float>(),
-        grad_bias.data_ptr<scalar_t>(), shape.rows, shape.channels, stream);
+        grad_bias.data_ptr<float>(), shape.rows, shape.channels, stream);
   });
   return {grad_input, grad_bias};
 }

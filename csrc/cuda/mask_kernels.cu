@@ -9,28 +9,28 @@ namespace {
 // input and output may be the same memory, so neither is __restrict__.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
-    relu_kernel(const T* input, const T* __restrict__ other, T* output, uint8_t* __restrict__ mask,
-                int64_t rows, int64_t channels) {
+    relu_kernel(const T* input, Affine affine, const T* __restrict__ other, bool relu, T* output,
+                uint8_t* __restrict__ mask, int64_t rows, int64_t channels) {
   const int64_t bytes = mask_bytes(channels);
+  const AffineOctet<T, kVector> scaled(affine, channels);
   for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
     const int64_t i = r * channels + c;
     Octet<T> x = load<kVector>(input + i, lanes);
-    if (other) {
-      const Octet<T> z = load<kVector>(other + i, lanes);
-#pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        x.lane[k] = static_cast<T>(static_cast<float>(x.lane[k]) + static_cast<float>(z.lane[k]));
-      }
-    }
+    Octet<T> z;
+    if (other) z = load<kVector>(other + i, lanes);
     unsigned bits = 0;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
+      float y = scaled(x.lane[k], k);
+      if (other) y += static_cast<float>(z.lane[k]);
+      x.lane[k] = static_cast<T>(y);
+      if (!relu) continue;
       const bool keep = !(static_cast<float>(x.lane[k]) <= 0);  // keeps NaN
       if (!keep) x.lane[k] = static_cast<T>(0.f);
       bits |= (keep ? 1u : 0u) << k;
     }
     store<kVector>(output + i, x, lanes);
-    mask[r * bytes + c / kOctet] = static_cast<uint8_t>(bits);
+    if (mask) mask[r * bytes + c / kOctet] = static_cast<uint8_t>(bits);
   });
 }
 
@@ -76,15 +76,15 @@ __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM)
 }  // namespace
 
 template <class T>
-void relu(const T* input, const T* other, T* output, uint8_t* mask, int64_t rows, int64_t channels,
-          cudaStream_t stream) {
+void relu(const T* input, Affine affine, const T* other, bool relu, T* output, uint8_t* mask,
+          int64_t rows, int64_t channels, cudaStream_t stream) {
   const Cover c = cover(rows, channels, 1, kMaxBlocks);
   with_vector(
       [&](auto vector) {
-        launch(relu_kernel<T, vector.value>, c.grid, c.block, stream, input, other, output, mask,
-               rows, channels);
+        launch(relu_kernel<T, vector.value>, c.grid, c.block, stream, input, affine, other, relu,
+               output, mask, rows, channels);
       },
-      channels, input, other, output);
+      channels, input, affine.scale, affine.shift, other, output);
 }
 
 template <class T>
@@ -100,8 +100,8 @@ void apply_mask(const T* grad, const uint8_t* mask, float scale, T* output, int6
 }
 
 template <class T>
-void mask_bias_grad(const T* grad, const uint8_t* mask, T* grad_input, float* partial, T* grad_bias,
-                    int64_t rows, int64_t channels, cudaStream_t stream) {
+void mask_bias_grad(const T* grad, const uint8_t* mask, T* grad_input, float* partial,
+                    float* grad_bias, int64_t rows, int64_t channels, cudaStream_t stream) {
   const Cover c = sum_cover(rows, channels);
   with_vector(
       [&](auto vector) {
@@ -111,7 +111,7 @@ void mask_bias_grad(const T* grad, const uint8_t* mask, T* grad_input, float* pa
         launch(kernel, c.grid, c.block, stream, grad, mask, grad_input, partial, rows, channels);
       },
       channels, grad, grad_input);
-  add_partials(partial, c.grid.y, channels, grad_bias, stream);
+  add_partials<1>(partial, c.grid.y, channels, StoreSum<float>{grad_bias}, stream);
 }
 
 int64_t partial_sums(int64_t rows, int64_t channels) {
@@ -119,13 +119,15 @@ int64_t partial_sums(int64_t rows, int64_t channels) {
 }
 
 #define WUS_INSTANTIATE(T)                                                                       \
-  template void relu(const T*, const T*, T*, uint8_t*, int64_t, int64_t, cudaStream_t);          \
+  template void relu(const T*, Affine, const T*, bool, T*, uint8_t*, int64_t, int64_t,           \
+                     cudaStream_t);                                                              \
   template void apply_mask(const T*, const uint8_t*, float, T*, int64_t, int64_t, cudaStream_t); \
-  template void mask_bias_grad(const T*, const uint8_t*, T*, float*, T*, int64_t, int64_t,       \
+  template void mask_bias_grad(const T*, const uint8_t*, T*, float*, float*, int64_t, int64_t,   \
                                cudaStream_t);
 
 WUS_INSTANTIATE(float)
 WUS_INSTANTIATE(c10::Half)
 WUS_INSTANTIATE(c10::BFloat16)
+#undef WUS_INSTANTIATE
 
 }  // namespace wus::cuda

@@ -7,7 +7,10 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
+
+#include "mask_kernels.h"
 
 namespace wus::cuda {
 
@@ -79,6 +82,33 @@ __device__ __forceinline__ void store(T* p, const Octet<T>& octet, int lanes) {
     }
   }
 }
+
+// What a thread applies to its channels, loaded once. Forward and backward must decide alike where
+// ReLU passes: both use this.
+template <class T, bool kVector>
+struct AffineOctet {
+  Octet<float> scale, shift;
+  bool identity;
+
+  __device__ __forceinline__ AffineOctet(const Affine& affine, int64_t channels)
+      : identity(!affine.shift) {
+    const int64_t c = first_channel();
+    if (identity || c >= channels) return;
+    const int lanes = channels - c < kOctet ? static_cast<int>(channels - c) : kOctet;
+    shift = load<kVector>(affine.shift + c, lanes);
+    if (affine.scale) {
+      scale = load<kVector>(affine.scale + c, lanes);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) scale.lane[k] = 1;
+    }
+  }
+
+  __device__ __forceinline__ float operator()(T x, int k) const {
+    const float value = static_cast<float>(x);
+    return identity ? value : fmaf(value, scale.lane[k], shift.lane[k]);
+  }
+};
 
 template <class T>
 bool aligned(const T* p) {

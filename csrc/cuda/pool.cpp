@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor> relu_max_pool(const at::Tensor& input, bool r
   if (output.numel() == 0) return {output, code};
   const auto stream = c10::cuda::getCurrentCUDAStream();
   WUS_DISPATCH_DTYPE(x.scalar_type(), "relu_max_pool", [&] {
-    cuda::relu_max_pool(x.const_data_ptr<scalar_t>(), height, width, relu,
+    cuda::relu_max_pool(x.const_data_ptr<scalar_t>(), Affine{}, height, width, relu,
                         output.data_ptr<scalar_t>(), code.data_ptr<uint8_t>(), Rows(output).rows,
                         channels, stream);
   });
@@ -45,16 +45,17 @@ std::tuple<at::Tensor, at::Tensor> max_pool_bias_grad(const at::Tensor& grad_out
       need_grad_input ? at::empty({batch, channels, height, width},
                                   grad.options().memory_format(at::MemoryFormat::ChannelsLast))
                       : nothing(grad);
-  if (grad.numel() == 0) return {grad_input, at::zeros({channels}, grad.options())};
+  const auto floats = grad.options().dtype(at::kFloat);
+  if (grad.numel() == 0) return {grad_input, at::zeros({channels}, floats)};
   const int64_t rows = Rows(grad).rows;
-  at::Tensor grad_bias = at::empty({channels}, grad.options());
-  at::Tensor partial = at::empty({partial_sums(rows, channels)}, grad.options().dtype(at::kFloat));
+  at::Tensor grad_bias = at::empty({channels}, floats);
+  at::Tensor partial = at::empty({partial_sums(rows, channels)}, floats);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   WUS_DISPATCH_DTYPE(grad.scalar_type(), "max_pool_bias_grad", [&] {
     cuda::max_pool_bias_grad(
         grad.const_data_ptr<scalar_t>(), code.const_data_ptr<uint8_t>(), height, width,
         need_grad_input ? grad_input.data_ptr<scalar_t>() : nullptr, partial.data_ptr<float>(),
-        grad_bias.data_ptr<scalar_t>(), rows, channels, stream);
+        grad_bias.data_ptr<float>(), rows, channels, stream);
   });
   return {grad_input, grad_bias};
 }

@@ -8,9 +8,14 @@ namespace {
 
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
-    relu_max_pool_kernel(const T* __restrict__ input, int64_t height, int64_t width, bool relu,
-                         T* __restrict__ output, uint8_t* __restrict__ code, int64_t rows,
-                         int64_t channels) {
+    relu_max_pool_kernel(const T* __restrict__ input, Affine affine, int64_t height, int64_t width,
+                         bool relu, T* __restrict__ output, uint8_t* __restrict__ code,
+                         int64_t rows, int64_t channels) {
+  const AffineOctet<T, kVector> scaled(affine, channels);
+  // What is compared is what stock would have stored before: ties are ties of rounded values.
+  const auto value = [&scaled](T x, int k) {
+    return static_cast<float>(static_cast<T>(scaled(x, k)));
+  };
   for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
     const Window window(height, width, r);
     Octet<T> x[4];
@@ -20,13 +25,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       // The first of equals, and the last NaN, as torch has it.
-      float best = static_cast<float>(x[0].lane[k]);
+      float best = value(x[0].lane[k], k);
       int position = 0;
 #pragma unroll
       for (int p = 1; p < 4; ++p) {
-        const float value = static_cast<float>(x[p].lane[k]);
-        if (value > best || value != value) {
-          best = value;
+        const float next = value(x[p].lane[k], k);
+        if (next > best || next != next) {
+          best = next;
           position = p;
         }
       }
@@ -73,21 +78,21 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <class T>
-void relu_max_pool(const T* input, int64_t height, int64_t width, bool relu, T* output,
-                   uint8_t* code, int64_t rows, int64_t channels, cudaStream_t stream) {
+void relu_max_pool(const T* input, Affine affine, int64_t height, int64_t width, bool relu,
+                   T* output, uint8_t* code, int64_t rows, int64_t channels, cudaStream_t stream) {
   const Cover c = cover(rows, channels, 1, kMaxBlocks);
   with_vector(
       [&](auto vector) {
-        launch(relu_max_pool_kernel<T, vector.value>, c.grid, c.block, stream, input, height, width,
-               relu, output, code, rows, channels);
+        launch(relu_max_pool_kernel<T, vector.value>, c.grid, c.block, stream, input, affine,
+               height, width, relu, output, code, rows, channels);
       },
-      channels, input, output, code);
+      channels, input, affine.scale, affine.shift, output, code);
 }
 
 template <class T>
 void max_pool_bias_grad(const T* grad, const uint8_t* code, int64_t height, int64_t width,
-                        T* grad_input, float* partial, T* grad_bias, int64_t rows, int64_t channels,
-                        cudaStream_t stream) {
+                        T* grad_input, float* partial, float* grad_bias, int64_t rows,
+                        int64_t channels, cudaStream_t stream) {
   const Cover c = sum_cover(rows, channels);
   with_vector(
       [&](auto vector) {
@@ -97,17 +102,18 @@ void max_pool_bias_grad(const T* grad, const uint8_t* code, int64_t height, int6
                rows, channels);
       },
       channels, grad, grad_input, code);
-  add_partials(partial, c.grid.y, channels, grad_bias, stream);
+  add_partials<1>(partial, c.grid.y, channels, StoreSum<float>{grad_bias}, stream);
 }
 
-#define WUS_INSTANTIATE(T)                                                                      \
-  template void relu_max_pool(const T*, int64_t, int64_t, bool, T*, uint8_t*, int64_t, int64_t, \
-                              cudaStream_t);                                                    \
-  template void max_pool_bias_grad(const T*, const uint8_t*, int64_t, int64_t, T*, float*, T*,  \
+#define WUS_INSTANTIATE(T)                                                                         \
+  template void relu_max_pool(const T*, Affine, int64_t, int64_t, bool, T*, uint8_t*, int64_t,     \
+                              int64_t, cudaStream_t);                                              \
+  template void max_pool_bias_grad(const T*, const uint8_t*, int64_t, int64_t, T*, float*, float*, \
                                    int64_t, int64_t, cudaStream_t);
 
 WUS_INSTANTIATE(float)
 WUS_INSTANTIATE(c10::Half)
 WUS_INSTANTIATE(c10::BFloat16)
+#undef WUS_INSTANTIATE
 
 }  // namespace wus::cuda

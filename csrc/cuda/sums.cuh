@@ -16,10 +16,12 @@ inline Cover sum_cover(int64_t rows, int64_t channels) {
 }
 
 // partial[blockIdx.y][c] = the sums of the block's threads, added as a tree. Every thread calls it.
-__device__ __forceinline__ void leave_partial(const float (&sum)[kOctet], int64_t channels,
-                                              float* partial) {
-  __shared__ float shared[kOctet][kThreads];
+template <class Sum>
+__device__ __forceinline__ void leave_partial(const Sum (&sum)[kOctet], int64_t channels,
+                                              Sum* partial) {
+  __shared__ Sum shared[kOctet][kThreads];
   const int at = threadIdx.y * blockDim.x + threadIdx.x;
+  __syncthreads();  // a call before may still be reading
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) shared[k][at] = sum[k];
   for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
@@ -39,33 +41,53 @@ __device__ __forceinline__ void leave_partial(const float (&sum)[kOctet], int64_
 
 constexpr int kWarp = 32;
 
-template <class T>
+// finish(c, sums) with the totals of channel c; partial is [kSums, blocks, channels].
+template <int kSums, class Sum, class Finish>
 __global__ void __launch_bounds__(kWarp* kWarp)
-    add_partials_kernel(const float* __restrict__ partial, int64_t blocks, int64_t channels,
-                        T* __restrict__ total) {
-  __shared__ float shared[kWarp][kWarp];
+    add_partials_kernel(const Sum* __restrict__ partial, int64_t blocks, int64_t channels,
+                        Finish finish) {
+  __shared__ Sum shared[kSums][kWarp][kWarp];
   const int64_t c = int64_t{blockIdx.x} * kWarp + threadIdx.x;
-  float sum = 0;
-  if (c < channels) {
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    Sum sum = 0;
+    if (c < channels) {
 #pragma unroll 4
-    for (int64_t b = threadIdx.y; b < blocks; b += kWarp) sum += partial[b * channels + c];
+      for (int64_t b = threadIdx.y; b < blocks; b += kWarp) {
+        sum += partial[(k * blocks + b) * channels + c];
+      }
+    }
+    shared[k][threadIdx.y][threadIdx.x] = sum;
   }
-  shared[threadIdx.y][threadIdx.x] = sum;
   for (unsigned half = kWarp / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.y < half) {
-      shared[threadIdx.y][threadIdx.x] += shared[threadIdx.y + half][threadIdx.x];
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) {
+        shared[k][threadIdx.y][threadIdx.x] += shared[k][threadIdx.y + half][threadIdx.x];
+      }
     }
   }
-  if (threadIdx.y == 0 && c < channels) total[c] = static_cast<T>(shared[0][threadIdx.x]);
+  if (threadIdx.y > 0 || c >= channels) return;
+  Sum totals[kSums];
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) totals[k] = shared[k][0][threadIdx.x];
+  finish(c, totals);
 }
 
-template <class T>
-void add_partials(const float* partial, int64_t blocks, int64_t channels, T* total,
+template <int kSums, class Sum, class Finish>
+void add_partials(const Sum* partial, int64_t blocks, int64_t channels, Finish finish,
                   cudaStream_t stream) {
   const dim3 grid((channels + kWarp - 1) / kWarp);
-  launch(add_partials_kernel<T>, grid, dim3(kWarp, kWarp), stream, partial, blocks, channels,
-         total);
+  launch(add_partials_kernel<kSums, Sum, Finish>, grid, dim3(kWarp, kWarp), stream, partial, blocks,
+         channels, finish);
 }
+
+template <class Sum>
+struct StoreSum {
+  Sum* total;
+
+  __device__ void operator()(int64_t c, const Sum (&sums)[1]) const { total[c] = sums[0]; }
+};
 
 }  // namespace wus::cuda

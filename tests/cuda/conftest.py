@@ -9,7 +9,7 @@ from . import emulator
 
 
 class Gpu:
-    """Where the CUDA kernels run: ``ops`` take tensors of ``device``, and a call moves one there."""
+    """Where the CUDA kernels run: ``ops`` take tensors of ``device``; a call moves one there."""
 
     def __init__(self, device: str) -> None:
         self.device = device

@@ -37,12 +37,12 @@ def assert_equal(results, expected):
 
 
 def assert_bias_grad(actual, masked):
-    """One rounding of the exact sum to the gradient's type, after a sum in float32."""
+    """A sum in float32, whatever the gradient is."""
     exact = rows_of(masked).double().sum(0)
     magnitude = rows_of(masked).double().abs().sum(0)
     error = (actual.cpu().double() - exact).abs()
-    assert actual.dtype == masked.dtype
-    bound = exact.abs() * torch.finfo(masked.dtype).eps + magnitude * 2e-6 + 1e-7
+    assert actual.dtype == torch.float32
+    bound = magnitude * 2e-6 + 1e-7
     assert (error <= bound).all(), f"error {error.max():.1e}"
 
 
@@ -107,7 +107,7 @@ def test_a_blocked_gradient_is_zero_whatever_it_was(gpu, special, repeat, dtype)
     g = gpu(torch.full_like(x, special))
     grad_input, grad_bias = gpu.ops.mask_bias_grad(g, mask)
     same(grad_input.cpu(), passed)
-    same(grad_bias.cpu(), passed[0])
+    same(grad_bias.cpu(), passed[0].float())
     same(gpu.ops.apply_mask(g, mask).cpu(), passed)
 
 
@@ -195,7 +195,7 @@ def test_sum_over_many_rows(gpu, dtype):
 @pytest.mark.parametrize("shape", [(0, 8), (0, 8, 4, 4), (3, 0)], ids=str)
 def test_no_elements(gpu, shape, dtype):
     x = gpu(dense(torch.empty(shape, dtype=dtype)))
-    zeros = torch.zeros(shape[1], dtype=dtype)
+    zeros = torch.zeros(shape[1])
     output, mask = gpu.ops.relu_mask(x)
     assert output.shape == x.shape
     grad_input, grad_bias = gpu.ops.mask_bias_grad(x, mask)

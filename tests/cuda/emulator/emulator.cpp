@@ -7,6 +7,8 @@
 #define TORCH_LIBRARY_IMPL(ns, key, m) _TORCH_LIBRARY_IMPL(wus_emulated, CPU, m, C10_UID)
 #define is_cuda is_cpu
 
+#include "cuda/batch_norm.cpp"
+#include "cuda/batch_norm_kernels.cu"
 #include "cuda/mask.cpp"
 #include "cuda/mask_kernels.cu"
 #include "cuda/pool.cpp"
