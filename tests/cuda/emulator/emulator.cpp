@@ -9,6 +9,8 @@
 
 #include "cuda/batch_norm.cpp"
 #include "cuda/batch_norm_kernels.cu"
+#include "cuda/dropout.cpp"
+#include "cuda/dropout_kernels.cu"
 #include "cuda/mask.cpp"
 #include "cuda/mask_kernels.cu"
 #include "cuda/pool.cpp"
