@@ -1,8 +1,9 @@
 """Convolutions and products with frozen weights: forward and data gradient.
 
 An algorithm is made for one layer, one input size and one window, holds the weights in the form it
-needs, and is shared by the chains of :mod:`wus_ext.chains`. All take and give float32 tensors in
-channels_last.
+needs, and is shared by the chains of :mod:`wus_ext.chains`. All take and give tensors in
+channels_last; on the CPU in float32, on a GPU in the chain's type, where biases and their gradients
+may be float32 all the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .options import SkipOptions
 from .packing import PackedWeights
+from .support import on_gpu
 
 ops = torch.ops.wus
 aten = torch.ops.aten
@@ -71,10 +73,55 @@ class Geometry:
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups, size, output)
 
 
-class Unfused(ABC):
-    """A convolution and element-wise kernels that save masks; subclasses give the convolution."""
+class Algorithm(ABC):
+    """A convolution with frozen weights, and what surrounds it in a chain."""
 
     geometry: Geometry
+
+    @abstractmethod
+    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        """act(conv(input) + bias), and the mask or codes that backward needs."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, mask: Tensor | None, act: Act, need_input: bool, need_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of input and bias."""
+
+    @abstractmethod
+    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """conv(input) + bias, and each channel's mean and biased variance."""
+
+    @abstractmethod
+    def dgrad(self, grad: Tensor) -> Tensor:
+        """The gradient of the input."""
+
+    @abstractmethod
+    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
+        """The gradient of the input, through an activation and a normalisation of ``z``."""
+
+    def forward_add(
+        self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
+    ) -> tuple[Tensor, Tensor | None]:
+        """act(conv(input) + bias + residual); the activation is none or ReLU."""
+        output, _ = self.forward(input, bias, Act.NONE)
+        if act == Act.RELU:
+            return ops.add_relu_mask(output, residual)
+        output += residual
+        return output, None
+
+    def backward_norm_add(
+        self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act, need_input: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gradients of the input, as ``dgrad_norm``, and of what was added before ``act``."""
+        if act == Act.RELU:
+            grad = ops.apply_mask(grad, mask)
+        dgrad = self.dgrad_norm(grad, z, coefficients, None, Act.NONE) if need_input else None
+        return dgrad, grad
+
+
+class Unfused(Algorithm):
+    """A convolution and element-wise kernels that save masks; subclasses give the convolution."""
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         output = self._convolve(input, bias)
@@ -99,9 +146,15 @@ class Unfused(ABC):
         grad_z, _ = ops.batch_norm_grad_input(grad, z, *coefficients, mask, act=int(act))
         return self.dgrad(grad_z)
 
-    @abstractmethod
-    def dgrad(self, grad: Tensor) -> Tensor:
-        """The gradient of the input."""
+    def backward_norm_add(
+        self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act, need_input: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        if act != Act.RELU or not need_input:
+            return super().backward_norm_add(grad, z, coefficients, mask, act, need_input)
+        grad_z, grad_residual = ops.batch_norm_grad_input(
+            grad, z, *coefficients, mask, act=int(act), need_grad_residual=True
+        )
+        return self.dgrad(grad_z), grad_residual
 
     @abstractmethod
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +162,7 @@ class Unfused(ABC):
 
 
 class Direct(Unfused):
-    """oneDNN's own convolution."""
+    """The library's own convolution: oneDNN's, cuDNN's."""
 
     def __init__(self, geometry: Geometry, weight: Tensor) -> None:
         self.geometry = geometry
@@ -136,6 +189,35 @@ class Direct(Unfused):
         return output.contiguous(memory_format=torch.channels_last)
 
 
+class OnGpu(Direct):
+    """cuDNN's convolution without its bias; one pass of ours adds the bias and all that follows.
+
+    The bias may be float32 behind a convolution in low precision, so that it is never cast.
+    """
+
+    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        if bias is None:
+            return super().forward(input, None, act)
+        return self._shift(self._convolve(input, None), bias, None, act)
+
+    def forward_add(
+        self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
+    ) -> tuple[Tensor, Tensor | None]:
+        if bias is None:
+            return super().forward_add(input, None, residual, act)
+        return self._shift(self._convolve(input, None), bias, residual, act)
+
+    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward_stats(input, None if bias is None else bias.to(input.dtype))
+
+    @staticmethod
+    def _shift(
+        output: Tensor, bias: Tensor, residual: Tensor | None, act: Act
+    ) -> tuple[Tensor, Tensor | None]:
+        output, mask = ops.batch_norm_apply(output, None, bias.float(), residual, int(act))
+        return output, (None if act == Act.NONE else mask)
+
+
 class Strided(Unfused):
     """3x3 with stride 2 or 1x1 with any stride, on weights that were packed before."""
 
@@ -156,7 +238,7 @@ class Strided(Unfused):
         return ops.strided_forward(input, self.packed, bias, self.out_channels, *self.window)
 
 
-class Winograd:
+class Winograd(Algorithm):
     """3x3, stride 1, on weights that were transformed and packed before."""
 
     def __init__(
@@ -168,6 +250,7 @@ class Winograd:
         rotated: Tensor | None,
     ) -> None:
         self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
+        self.geometry = geometry
         self.input_size = geometry.input_size
         self.output_size = geometry.output_size
         self.padding = geometry.padding[0]
@@ -227,9 +310,6 @@ class Winograd:
         )
 
 
-Algorithm = Direct | Strided | Winograd
-
-
 def masked(
     grad: Tensor,
     mask: Tensor | None,
@@ -256,14 +336,18 @@ def choose(
     options: SkipOptions,
     packed: PackedWeights,
     backward: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Algorithm:
     """The algorithm for one layer: what `options.algo` asks for, as far as layer and budget allow.
 
     Args:
+        dtype: of the input, to which autocast may have cast it.
         weight: gives the weight, or one with a frozen normalisation folded in.
         sources: the tensors that `weight` was made from; when one changes, so does the copy.
         backward: whether a data gradient will be asked for.
     """
+    if on_gpu(conv.weight):
+        return OnGpu(geometry, _cast(conv, weight, sources, packed, dtype))
     for scheme in schemes(conv, geometry, options.algo):
         pack = partial(ops.winograd_pack, scheme=int(scheme))
         if copies := _packed(packed, (conv, scheme), conv.weight, weight, sources, pack, backward):
@@ -275,6 +359,22 @@ def choose(
     if sources == (conv.weight,):
         return Direct(geometry, conv.weight.detach())
     return Direct(geometry, packed.get((conv, "folded"), sources, weight))
+
+
+def _cast(
+    conv: nn.Conv2d,
+    weight: Callable[[], Tensor],
+    sources: tuple[Tensor, ...],
+    packed: PackedWeights,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight as cuDNN wants it: of the input's type, channels_last."""
+    own = conv.weight.detach()
+    layout = torch.channels_last
+    if sources == (conv.weight,) and own.dtype == dtype and own.is_contiguous(memory_format=layout):
+        return own
+    key = (conv, "cast", dtype, len(sources))
+    return packed.get(key, sources, lambda: weight().to(dtype).contiguous(memory_format=layout))
 
 
 def _packed(
@@ -353,9 +453,13 @@ class FrozenProduct:
         cls, linear: nn.Linear, input: Tensor, packed: PackedWeights, backward: bool
     ) -> FrozenProduct:
         weight = linear.weight.detach()
+        if weight.dtype != input.dtype:
+            key = (linear, "cast", input.dtype)
+            return cls(packed.get(key, (linear.weight,), lambda: weight.to(input.dtype)), ())
         keys = [(linear, direction) for direction in ("forward", "dgrad")]
         if (
-            weight.numel() < cls.WORTH_PACKING
+            on_gpu(weight)
+            or weight.numel() < cls.WORTH_PACKING
             or not torch.backends.mkldnn.enabled
             or not torch.backends.mkldnn.is_available()
             or not packed.fits(keys, lambda: 2 * weight.nbytes)
@@ -372,7 +476,7 @@ class FrozenProduct:
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if not self.packed:
-            return F.linear(input, self.weight, bias)
+            return F.linear(input, self.weight, None if bias is None else bias.to(input.dtype))
         return self._product(input, self.packed[0], bias)
 
     def dgrad(self, grad: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the fused chains save for backward, and what their backward computes.
 
-Autograd functions over the C++ kernels; all tensors are float32, images channels_last.
+Autograd functions over the C++ kernels; images are channels_last.
 """
 
 from __future__ import annotations
@@ -62,12 +62,7 @@ class ConvAddAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, bias, residual, algorithm, act):
-        output, _ = algorithm.forward(input, bias, Act.NONE)
-        mask = None
-        if act == Act.RELU:
-            output, mask = ops.add_relu_mask(output, residual)
-        else:
-            output += residual
+        output, mask = algorithm.forward_add(input, bias, residual, act)
         ctx.save_for_backward(mask)
         ctx.algorithm, ctx.act = algorithm, act
         return output
@@ -137,11 +132,11 @@ class ConvNormAct(torch.autograd.Function):
             *sums, mean, invstd, gamma, ctx.count
         )
         grad_input = grad_residual = None
-        if need_residual and act == Act.RELU:
-            grad, mask, act = ops.apply_mask(grad, mask), None, Act.NONE
         if need_residual:
-            grad_residual = grad
-        if need_input:
+            grad_input, grad_residual = algorithm.backward_norm_add(
+                grad, z, coefficients, mask, act, need_input
+            )
+        elif need_input:
             grad_input = algorithm.dgrad_norm(grad, z, coefficients, mask, act)
         return (
             grad_input,
@@ -188,7 +183,7 @@ class LinearAct(torch.autograd.Function):
 
 
 class Dropout(torch.autograd.Function):
-    """Dropout that saves one bit an element; the same random numbers as stock's."""
+    """Dropout that saves one bit an element; on the CPU the same random numbers as stock's."""
 
     @staticmethod
     def forward(ctx, input, p):

@@ -1,7 +1,7 @@
 """The fused chains of the skip program: layers that run as one and save masks, not activations.
 
 A chain refers to the model's own layers, so parameters, buffers and modes are shared. Where the
-fused kernels do not apply (another dtype or device, autocast, a layer that does not skip), a chain
+fused kernels do not apply (another dtype or device, a layer that does not skip), a chain
 calls its layers one by one: module-level skip operators, and stock code for the rest.
 """
 
@@ -18,6 +18,7 @@ from .algorithms import Act, Algorithm, FrozenProduct, Geometry, choose
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Dropout, LinearAct
 from .options import SkipOptions
 from .packing import PackedWeights
+from .support import fused_dtype, takes
 
 
 @dataclass
@@ -41,11 +42,12 @@ class ConvChain:
     def __call__(
         self, input: Tensor, channels_last: bool, residual: Tensor | None = None
     ) -> Tensor:
-        if not self._can_fuse(input, residual):
+        dtype = self._fused_dtype(input, residual)
+        if dtype is None:
             if not channels_last:  # what a chain before left as it liked
                 input = input.contiguous()
             return self._unfused(input, residual)
-        input = input.contiguous(memory_format=torch.channels_last)
+        input = input.to(dtype).contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         output = self._fused(input, residual)
@@ -56,34 +58,41 @@ class ConvChain:
             input = input + residual if layer is None else layer(input)
         return input
 
-    def _can_fuse(self, input: Tensor, residual: Tensor | None) -> bool:
-        conv, norm = self.conv, self.norm
-        if not (
-            runs_fused(input, conv.weight, conv.bias)
-            and input.dim() == 4
-            and input.size(1) == conv.in_channels
-            and conv.skip_wgrad
-            and conv.padding_mode == "zeros"
-            and not isinstance(conv.padding, str)
+    def _fused_dtype(self, input: Tensor, residual: Tensor | None) -> torch.dtype | None:
+        """The type in which the chain can run fused, or None."""
+        conv = self.conv
+        dtype = fused_dtype(input, conv.weight, conv.bias)
+        if (
+            dtype is None
+            or input.dim() != 4
+            or input.size(1) != conv.in_channels
+            or not conv.skip_wgrad
+            or conv.padding_mode != "zeros"
+            or isinstance(conv.padding, str)
         ):
-            return False
+            return None
         geometry = Geometry.of(conv, input)
-        if min(geometry.output_size) < (2 if self.act == Act.RELU_POOL else 1):
-            return False
         expected = (input.size(0), conv.out_channels, *geometry.output_size)
-        if residual is not None and not (runs_fused(residual) and residual.shape == expected):
-            return False
-        if norm is None:
-            return True
+        fits = (
+            min(geometry.output_size) >= (2 if self.act == Act.RELU_POOL else 1)
+            and (
+                residual is None
+                or (takes(residual) and residual.dtype == dtype and residual.shape == expected)
+            )
+            and (self.norm is None or self._norm_fits(expected))
+        )
+        return dtype if fits else None
+
+    def _norm_fits(self, size: tuple[int, ...]) -> bool:
+        norm = self.norm
         batch = skip_nn.uses_batch_statistics(norm)
         if norm.weight is not None and norm.weight.requires_grad and not batch:
             return False  # a scale that trains cannot be folded away
-        values_a_channel = input.size(0) * geometry.output_size[0] * geometry.output_size[1]
         return (
-            norm.num_features == conv.out_channels
+            norm.num_features == size[1]
             and (norm.weight is None or norm.weight.dtype == torch.float32)
             and (norm.running_mean is None or norm.running_mean.dtype == torch.float32)
-            and (values_a_channel > 1 or not batch)
+            and (size[0] * size[2] * size[3] > 1 or not batch)
         )
 
     def _fused(self, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -114,7 +123,14 @@ class ConvChain:
         sources: tuple[Tensor, ...],
     ) -> Algorithm:
         return choose(
-            self.conv, geometry, weight, sources, self.options, self.packed, wants_dgrad(input)
+            self.conv,
+            geometry,
+            weight,
+            sources,
+            self.options,
+            self.packed,
+            wants_dgrad(input),
+            input.dtype,
         )
 
 
@@ -131,8 +147,9 @@ class LinearChain:
     def __call__(self, input: Tensor) -> Tensor:
         linear = self.linear
         p = self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
+        dtype = fused_dtype(input, linear.weight, linear.bias)
         fused = (
-            runs_fused(input, linear.weight, linear.bias)
+            dtype is not None
             and input.dim() == 2
             and input.size(1) == linear.in_features
             and linear.skip_wgrad
@@ -142,6 +159,7 @@ class LinearChain:
             for layer in self.layers:
                 input = layer(input)
             return input
+        input = input.to(dtype)
         product = FrozenProduct.of(linear, input, self.packed, wants_dgrad(input))
         return LinearAct.apply(input, linear.bias, product, self.relu, p)
 
@@ -154,24 +172,9 @@ class DropoutChain:
 
     def __call__(self, input: Tensor) -> Tensor:
         p = self.dropout.p
-        if not (self.dropout.training and 0.0 < p < 1.0 and runs_fused(input)):
+        if not (self.dropout.training and 0.0 < p < 1.0 and takes(input)):
             return self.dropout(input)
         return Dropout.apply(input, p)
-
-
-def runs_fused(*tensors: Tensor | None) -> bool:
-    """Whether the CPU's fused float32 kernels take these tensors as they are."""
-    return not torch.is_autocast_enabled("cpu") and all(
-        tensor is None
-        or (
-            type(tensor) in (Tensor, nn.Parameter)
-            and tensor.device.type == "cpu"
-            and tensor.dtype == torch.float32
-            and tensor.layout == torch.strided
-            and tensor.numel() > 0
-        )
-        for tensor in tensors
-    )
 
 
 def wants_dgrad(input: Tensor) -> bool:
@@ -188,13 +191,16 @@ def fold(
         What makes the scaled weight; the bias, through which the gradients of both layers' biases
         flow; and the tensors that the weight is made from.
     """
-    scale = torch.rsqrt(norm.running_var + norm.eps)
+
+    def scale() -> Tensor:
+        inverse = torch.rsqrt(norm.running_var + norm.eps)
+        return inverse if norm.weight is None else inverse * norm.weight.detach()
+
     sources = (conv.weight, norm.running_var)
     if norm.weight is not None:
-        scale = scale * norm.weight.detach()
         sources += (norm.weight,)
     bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-    bias = bias * scale
+    bias = bias * scale()
     if norm.bias is not None:
         bias = bias + norm.bias
-    return lambda: conv.weight.detach() * scale[:, None, None, None], bias, sources
+    return lambda: conv.weight.detach() * scale()[:, None, None, None], bias, sources

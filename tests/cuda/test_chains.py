@@ -1,0 +1,178 @@
+"""Fused chains as they run on a GPU, kernels emulated where there is none: every type, autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import wus_ext
+from wus_ext import algorithms, autograd, support
+
+from ..test_program import CHAINS, frozen
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+NORMLESS = [name for name in CHAINS if "norm" not in name and name not in (
+    "odd_channels", "functional", "in_place_sum", "block", "dropout")]  # fmt: skip
+AUTOCAST = [name for name in CHAINS if name != "dropout"]
+
+
+@pytest.fixture
+def chains(gpu, monkeypatch):
+    """The device of the chains, which take the algorithms and kernels for GPUs there."""
+    if gpu.device == "cpu":
+        monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
+        monkeypatch.setattr(algorithms, "on_gpu", lambda tensor: True)
+        monkeypatch.setattr(algorithms, "ops", gpu.ops)
+        monkeypatch.setattr(autograd, "ops", gpu.ops)
+    return gpu
+
+
+@pytest.fixture
+def used(chains, monkeypatch):
+    """Which algorithms ran."""
+    names = []
+    forward = algorithms.Direct._convolve
+
+    def counted(self, *args):
+        names.append(type(self).__name__)
+        return forward(self, *args)
+
+    monkeypatch.setattr(algorithms.Direct, "_convolve", counted)
+    return names
+
+
+def stock_model(name):
+    torch.manual_seed(0)
+    model = CHAINS[name]()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return frozen(model.to(memory_format=torch.channels_last))
+
+
+def step(model, x, g=None, autocast=None):
+    """Output, gradients of input and biases, buffers: whatever a skip step computes."""
+    x = x.clone().requires_grad_()
+    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        y = model(x)
+    y.backward(g.to(y.dtype).expand_as(y))
+    biases = {n: p.grad for n, p in model.named_parameters() if n.endswith("bias")}
+    buffers = {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+    return {"output": y.detach(), "input": x.grad, **biases, **buffers}
+
+
+def separate_bias(conv):
+    """Adds a convolution's bias after a rounding, as stock does on a GPU; the CPU rounds once."""
+
+    def forward(x):
+        y = conv._conv_forward(x, conv.weight, None)
+        return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, 1, 1)
+
+    conv.forward = forward
+
+
+def compare(skip, stock, tolerance):
+    """`tolerance` of each result's size; four times that for gradients, which a ReLU close to zero
+    may block on one side only."""
+    largest = max(float(value.norm()) for value in stock.values())
+    for name, expected in stock.items():
+        assert skip[name].dtype == expected.dtype, name
+        if name.endswith("bias") and not skip[name].any():
+            # In front of batch statistics: exactly zero, where stock has the noise of rounding.
+            assert float(expected.norm()) <= tolerance * largest, name
+            continue
+        error = float((skip[name] - expected).norm() / expected.norm().clamp_min(1e-12))
+        limit = tolerance * (1 if name == "output" else 4)
+        assert error <= limit, f"{name}: {error:.1e}"
+
+
+def pair(chains, name, dtype, **settings):
+    """A stock model frozen stock's way, and its converted twin in a skip window."""
+    stock = stock_model(name)
+    for parameter_name, parameter in stock.named_parameters():
+        if parameter_name.endswith("bias"):  # what autocast makes of it is exact
+            parameter.data = parameter.data.half().bfloat16().float()
+    stock.to(chains.device, dtype)
+    skip = copy.deepcopy(stock).requires_grad_(True)
+    for module in stock.modules():
+        if isinstance(module, nn.Conv2d):
+            separate_bias(module)
+    wus_ext.set_skip(wus_ext.convert(skip, **settings), True)
+    return stock, skip
+
+
+def run(chains, name, dtype, autocast=None, tolerance=None):
+    stock, skip = pair(chains, name, dtype)
+    x = torch.randn(4, 3, 10, 8).contiguous(memory_format=torch.channels_last).to(dtype)
+    with torch.no_grad():
+        shape = copy.deepcopy(stock)(chains(x)).shape
+    g = torch.randn(shape).to(dtype)
+    results = [step(model, chains(x), chains(g), autocast) for model in (skip, stock)]
+    compare(*results, tolerance or 8 * torch.finfo(autocast or dtype).eps)
+    for parameter_name, parameter in skip.named_parameters():
+        assert (parameter.grad is None) != parameter_name.endswith("bias"), parameter_name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMLESS)
+def test_models_of_one_type(chains, used, name, dtype):
+    run(chains, name, dtype)
+    assert set(used) == {"OnGpu"}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_float32(chains, used, name):
+    run(chains, name, torch.float32, tolerance=5e-6)
+    assert "OnGpu" in used
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast(chains, used, name):
+    run(chains, name, torch.float32, torch.bfloat16)
+    assert "OnGpu" in used
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["conv_norm_relu", "conv_norm_relu_pool", "block"])
+def test_frozen_statistics_fold_away(chains, used, name, autocast):
+    stock, skip = pair(chains, name, torch.float32, norm="frozen")
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    x = chains(torch.randn(4, 3, 10, 8))
+    g = chains(torch.randn(stock(x).shape))
+    results = [step(model, x, g, autocast) for model in (skip, stock)]
+    if autocast is None:
+        compare(*results, 5e-6)
+    else:  # the product of weight and scale is rounded: ReLU may decide otherwise near zero
+        compare({"output": results[0]["output"]}, {"output": results[1]["output"]}, 2e-2)
+    assert used
+
+
+def test_masks_and_nothing_else_are_saved(chains):
+    model = stock_model("conv_relu_pool").requires_grad_(True).to(chains.device)
+    wus_ext.set_skip(wus_ext.convert(model), True)
+    x = chains(torch.randn(4, 3, 12, 12)).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(x)
+    assert {t.dtype for t in saved} == {torch.uint8}
+
+
+def test_low_precision_weights_are_made_once_a_window(chains):
+    model = stock_model("conv_relu").requires_grad_(True).to(chains.device)
+    wus_ext.set_skip(wus_ext.convert(model), True)
+    x = chains(torch.randn(2, 3, 8, 8))
+    packed = model._skip_programs.packed
+    with torch.autocast(chains.device, dtype=torch.bfloat16):
+        model(x)
+        first = {key: copy.tensor.data_ptr() for key, copy in packed._copies.items()}
+        model(x)
+    assert first == {key: copy.tensor.data_ptr() for key, copy in packed._copies.items()}
+    assert {copy.tensor.dtype for copy in packed._copies.values()} == {torch.bfloat16}
+    wus_ext.set_skip(model, False)
+    assert wus_ext.packed_bytes(model) == 0

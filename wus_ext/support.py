@@ -1,0 +1,48 @@
+"""Which tensors the fused kernels take, and the type in which they compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._build import build_info
+
+#: Types of the fused kernels' tensors, by device.
+TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
+if build_info()["cuda"] is not None:
+    TYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the kernels for GPUs, and the algorithms that suit those, are to be used."""
+    return tensor.device.type == "cuda"
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether the fused kernels take a tensor as it is."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype in TYPES.get(tensor.device.type, ())
+        and tensor.layout == torch.strided
+        and tensor.numel() > 0
+    )
+
+
+def fused_dtype(input: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
+    """The type in which a fused chain runs on `input`, or None where it cannot.
+
+    That is the type of all tensors; under autocast, which casts them, autocast's.
+    """
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+    if not takes(input) or dtype not in TYPES[device]:
+        return None
+    for parameter in parameters:
+        if parameter is not None and not (
+            takes(parameter)
+            and parameter.device == input.device
+            and (autocast or parameter.dtype == dtype)
+        ):
+            return None
+    return dtype
