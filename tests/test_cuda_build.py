@@ -6,7 +6,7 @@ import torch
 import wus_ext
 
 KERNELS = [
-    "conv2d",
+    "convolution",
     "linear",
     "relu_mask",
     "relu_mask_",

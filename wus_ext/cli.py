@@ -31,7 +31,7 @@ _GROUPS = {
     "what to train": ("model", "dropout", "dataset", "method"),
     "optimisation": (
         *("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gamma"),
-        *("milestones", "amp", "channels_last", "device", "seed"),
+        *("milestones", "amp", "channels_last", "cuda_graphs", "device", "seed"),
     ),
     "when to skip (wus, wus+lr)": (
         *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "lr_drop"),

@@ -82,6 +82,9 @@ class TrainConfig:
     )
     amp: str = option("off", "automatic mixed precision", choices=AMP)
     channels_last: bool = option(True, "keep weights and activations in channels-last memory")
+    cuda_graphs: bool = option(
+        False, "record whole steps as CUDA graphs: less time in small steps (a GPU; not with fp16)"
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, ...; auto takes CUDA when there is a GPU")
     seed: int = option(0, "seed of initial weights, order, augmentation and dropout")
 
@@ -167,7 +170,13 @@ class TrainConfig:
             raise ConfigError("watch='validation' needs a validation fraction above 0")
         if self.method == "wus+lr" and self.schedule == "constant":
             raise ConfigError("method 'wus+lr' needs the schedule 'cosine' or 'step', or use 'wus'")
-        self.torch_device()
+        device = self.torch_device()
+        if self.cuda_graphs and device.type != "cuda":
+            raise ConfigError(f"cuda_graphs needs a GPU, and the device is {device}")
+        if self.cuda_graphs and self.amp == "fp16":
+            raise ConfigError(
+                "cuda_graphs needs amp 'off' or 'bf16': fp16 waits for the GPU to scale"
+            )
 
     def skip_settings(self) -> dict[str, Any]:
         """The settings of :func:`wus_ext.convert`."""

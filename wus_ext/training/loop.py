@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .graphs import StepGraphs
 from .. import processes
 from .timing import StepTimer, synchronize
 
@@ -80,6 +81,8 @@ def train_epoch(
     amp: str = "off",
     scaler: torch.amp.GradScaler | None = None,
     on_step: Callable[[Totals], None] | None = None,
+    cuda_graphs: bool = False,
+    skipping: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Train ``model`` on every batch once; of several processes each brings its own batches.
 
@@ -87,21 +90,29 @@ def train_epoch(
         batches: pairs of images (N, C, H, W) and labels (N,) on ``device``.
         scaler: for fp16; ``None`` stands for a disabled one.
         on_step: called after each step with the sums so far.
+        cuda_graphs: replay recorded steps; needs a GPU and no ``scaler``.
+        skipping: whether the next step is a skip step, for ``cuda_graphs``.
     """
     model.train()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, amp):
+            output = model(images)
+            loss = cross_entropy(output, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach(), output.detach()
+
+    run = StepGraphs(step, skipping=skipping) if cuda_graphs else step
     totals, timer = Totals(device), StepTimer(device)
     synchronize(device)
     start = time.perf_counter()
     for images, labels in batches:
         with timer:
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(device, amp):
-                output = model(images)
-                loss = cross_entropy(output, labels)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            loss, output = run(images, labels)
         totals.add(loss, output, labels)
         if on_step:
             on_step(totals)

@@ -152,6 +152,8 @@ class Trainer:
                 amp=config.amp,
                 scaler=self.scaler,
                 on_step=on_step,
+                cuda_graphs=config.cuda_graphs,
+                skipping=lambda: skipped,
             )
         finally:
             if self.progress:

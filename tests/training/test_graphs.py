@@ -1,0 +1,108 @@
+"""When steps are recorded, replayed and recorded anew; on a GPU, that weights come out alike."""
+
+import pytest
+import torch
+
+from wus_ext.training import ConfigError, TrainConfig, Trainer
+from wus_ext.training.graphs import StepGraphs
+
+from . import tiny
+
+
+class Recorder:
+    """A graph that keeps a diary; as a real one it runs nothing while it records."""
+
+    diary: list = []  # noqa: RUF012
+
+    def __init__(self, step):
+        self.step = step
+        self.diary.append("record")
+
+    def replay(self):
+        self.diary.append("replay")
+        return self.step()
+
+    @classmethod
+    def warm_up(cls, step):
+        cls.diary.append("run")
+        return step()
+
+
+@pytest.fixture
+def diary():
+    Recorder.diary.clear()
+    return Recorder.diary
+
+
+def batches(count, size=4):
+    return [(torch.full((size, 2), float(i)), torch.arange(size)) for i in range(count)]
+
+
+def test_steps_are_warmed_up_recorded_once_and_replayed_on_new_data(diary):
+    run = StepGraphs(lambda images, labels: images.sum() + labels.sum(), graph=Recorder)
+    results = [run(*batch).item() for batch in batches(6)]
+    assert diary == ["run"] * 3 + ["record", "replay", "replay", "replay"]
+    assert results == [8.0 * i + 6 for i in range(6)]
+
+
+def test_the_given_tensors_are_left_alone(diary):
+    run = StepGraphs(lambda images, labels: images.add_(1), graph=Recorder)
+    for images, labels in batches(3):
+        run(images, labels)
+    images, labels = batches(1)[0]
+    run(images, labels)
+    assert not images.any()
+
+
+def test_an_odd_batch_is_run(diary):
+    run = StepGraphs(lambda images, labels: None, graph=Recorder)
+    for batch in [*batches(5), *batches(1, size=3), *batches(1)]:
+        run(*batch)
+    assert diary == ["run"] * 3 + ["record", "replay", "replay", "run", "replay"]
+
+
+def test_each_kind_of_step_has_a_graph_and_each_window_a_new_one(diary):
+    state = {"skip": False}
+    run = StepGraphs(lambda images, labels: None, skipping=lambda: state["skip"], graph=Recorder)
+
+    def phase(skip, steps):
+        diary.clear()
+        state["skip"] = skip
+        for batch in batches(steps):
+            run(*batch)
+        return "".join(word[2] for word in diary)  # ru-n, re-c-ord, re-p-lay
+
+    fresh = "nnncpp"
+    assert phase(False, 5) == fresh
+    assert phase(True, 5) == fresh
+    assert phase(True, 2) == "pp"
+    assert phase(False, 2) == "pp"
+    assert phase(True, 5) == fresh
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cpu"}, "cuda_graphs needs a GPU, and the device is cpu"),
+        pytest.param(
+            {"amp": "fp16", "device": "cuda"},
+            "cuda_graphs needs amp 'off' or 'bf16'",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(cuda_graphs=True, **settings).validate()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["baseline", "wus"])
+def test_recorded_steps_train_as_others_on_cuda(method):
+    weights = []
+    for cuda_graphs in (False, True):
+        config = tiny.CONFIG.replace(method=method, device="cuda", cuda_graphs=cuda_graphs)
+        run = Trainer(config, data=tiny.data(train=80), build=tiny.build)
+        run.run()
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in run.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
