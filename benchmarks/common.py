@@ -29,16 +29,27 @@ TUNED_MALLOC = {
 
 
 class TrainingStep:
-    """zero_grad, forward, cross-entropy, backward, SGD with momentum and weight decay."""
+    """zero_grad, forward, cross-entropy, backward, SGD with momentum and weight decay.
 
-    def __init__(self, model: torch.nn.Module, input: torch.Tensor, target: torch.Tensor) -> None:
-        self.model, self.input, self.target = model, input, target
+    With an ``amp`` forward and loss run under autocast.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        amp: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.input, self.target, self.amp = model, input, target, amp
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4
         )
 
     def loss(self) -> torch.Tensor:
-        return F.cross_entropy(self.model(self.input), self.target)
+        device = self.input.device.type
+        with torch.autocast(device, dtype=self.amp, enabled=self.amp is not None):
+            return F.cross_entropy(self.model(self.input), self.target)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

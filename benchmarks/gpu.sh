@@ -3,7 +3,7 @@
 # and measures. Needs python3 with torch, pytest and ninja, and nvcc; no network.
 #
 #   benchmarks/gpu.sh                 all parts
-#   benchmarks/gpu.sh build kernels   some of: build test sanitize kernels steps memory
+#   benchmarks/gpu.sh build kernels   some of: build test sanitize kernels steps frozen memory
 #
 # A part that fails is reported and the others still run; the exit status is the number of failed
 # parts. The report, RESULTS/<device>.md (default: benchmarks/results), is put together from the
@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-PARTS=(build test sanitize kernels steps memory)
+PARTS=(build test sanitize kernels steps frozen memory)
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 RESULTS=${RESULTS:-benchmarks/results}
@@ -65,8 +65,8 @@ part_build() {
 }
 
 part_test() {
-  limit 180 "$PYTHON" -m pytest -q -p no:cacheprovider --continue-on-collection-errors tests \
-    -k "$DEVICE"
+  limit 180 "$PYTHON" -m pytest -q -p no:cacheprovider --continue-on-collection-errors tests/cuda \
+    tests/test_cuda_build.py tests/training/test_graphs.py
 }
 
 # Without torch's cache every tensor is an allocation of its own, whose ends are then checked.
@@ -76,13 +76,14 @@ part_sanitize() {
     return 0
   fi
   local status=0
-  local check=("$PYTHON" -m pytest -q -x -p no:cacheprovider tests/cuda/test_elementwise.py)
+  local check=("$PYTHON" -m pytest -q -x -p no:cacheprovider tests/cuda
+    --ignore=tests/cuda/test_streams.py --ignore=tests/cuda/test_chains.py)
   echo "memcheck:"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limit 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "${check[@]}" -k "not many_rows and not bfloat16" || status=1
+    "${check[@]}" -k "cuda- and not many_rows and not bfloat16" || status=1
   echo "racecheck:"
   limit 90 compute-sanitizer --tool racecheck --error-exitcode 9 \
-    "${check[@]}" -k "(mask_bias_grad or pool_is_stock) and float32 and not True" || status=1
+    "${check[@]}" -k "cuda- and float32 and (mask_bias_grad or pool_is_stock or norm_and_relu) and not True" || status=1
   return "$status"
 }
 
@@ -92,18 +93,27 @@ part_kernels() {
   limit 90 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" "${options[@]}"
 }
 
-part_steps() { networks steps.py --no-ablation; }
-part_memory() { networks memory.py; }
-
-networks() {
-  local script=benchmarks/$1 options=(--batch-size 512)
-  shift
-  if [ ! -e "$script" ]; then
-    echo "$script is not there"
-    return 0
+part_steps() {
+  if [ "$DEVICE" != cuda ]; then
+    limit 60 "$PYTHON" benchmarks/gpu_steps.py --device cpu --dtype float32 --models vgg11 \
+      --batch-sizes 2 --rounds 3 --calls 1
+    return
   fi
+  limit 200 "$PYTHON" benchmarks/gpu_steps.py
+}
+
+# Statistics that stand still in skip steps; stock as before.
+part_frozen() {
+  local options=(--models vgg16_bn resnet18 --no-compile)
+  [ "$DEVICE" = cuda ] ||
+    options=(--models vgg11 --batch-sizes 2 --rounds 3 --calls 1 --dtype float32)
+  limit 60 "$PYTHON" benchmarks/gpu_steps.py --device "$DEVICE" --norm frozen "${options[@]}"
+}
+
+part_memory() {
+  local options=(--batch-size 512 --amp bfloat16)
   [ "$DEVICE" = cuda ] || options=(--batch-size 2 --models vgg11)
-  limit 120 "$PYTHON" "$script" --device "$DEVICE" "${options[@]}" "$@"
+  limit 60 "$PYTHON" benchmarks/memory.py --device "$DEVICE" "${options[@]}"
 }
 
 # The part's section of the report; a table stands as it is, anything else in a code block.

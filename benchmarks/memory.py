@@ -40,9 +40,10 @@ def measure(name: str, args: argparse.Namespace) -> list[str]:
     stock = wus_ext.revert(NETWORKS[name]()).to(args.device, memory_format=torch.channels_last)
     images, labels = batch(args.batch_size, args.device)
     images = images.contiguous(memory_format=torch.channels_last)
-    full = TrainingStep(copy.deepcopy(stock), images, labels)
-    frozen = TrainingStep(freeze(copy.deepcopy(stock)), images, labels)
-    skip = TrainingStep(wus_ext.convert(stock, norm=args.norm, algo=args.algo), images, labels)
+    amp = None if args.amp == "off" else getattr(torch, args.amp)
+    full = TrainingStep(copy.deepcopy(stock), images, labels, amp)
+    frozen = TrainingStep(freeze(copy.deepcopy(stock)), images, labels, amp)
+    skip = TrainingStep(wus_ext.convert(stock, norm=args.norm, algo=args.algo), images, labels, amp)
     wus_ext.set_skip(skip.model, True)
     sizes = [saved(step) for step in (full, frozen, skip)]
     peaks = [peak_bytes(step) for step in (full, skip)]
@@ -77,8 +78,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--norm", choices=("batch", "frozen"), default="batch")
     parser.add_argument("--algo", choices=("auto", "direct", "f2", "f4"), default="auto")
+    parser.add_argument("--amp", choices=("off", "bfloat16", "float16"), default="off")
     args = parser.parse_args()
-    print(f"{machine()}; norm={args.norm}, algo={args.algo}\n")
+    print(f"{machine()}; norm={args.norm}, algo={args.algo}, amp {args.amp}\n")
     print(table(HEADER, [measure(name, args) for name in args.models]))
 
 
