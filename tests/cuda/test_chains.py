@@ -48,6 +48,8 @@ def stock_model(name):
     torch.manual_seed(0)
     model = CHAINS[name]()
     for module in model.modules():
+        if hasattr(module, "reset_parameters"):  # the table's layers were made before any seed
+            module.reset_parameters()
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
