@@ -96,6 +96,12 @@ def test_what_cannot_be_recorded_is_refused(settings, message):
         TrainConfig(cuda_graphs=True, **settings).validate()
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("wus_ext.processes.count", lambda: 2)
+    with pytest.raises(ConfigError, match="cuda_graphs needs a single process"):
+        TrainConfig(cuda_graphs=True).validate()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["baseline", "wus"])
 def test_recorded_steps_train_as_others_on_cuda(method):

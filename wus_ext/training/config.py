@@ -170,6 +170,8 @@ class TrainConfig:
             raise ConfigError("watch='validation' needs a validation fraction above 0")
         if self.method == "wus+lr" and self.schedule == "constant":
             raise ConfigError("method 'wus+lr' needs the schedule 'cosine' or 'step', or use 'wus'")
+        if self.cuda_graphs and processes.count() > 1:
+            raise ConfigError("cuda_graphs needs a single process: messages are not recorded")
         device = self.torch_device()
         if self.cuda_graphs and device.type != "cuda":
             raise ConfigError(f"cuda_graphs needs a GPU, and the device is {device}")
