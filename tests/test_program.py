@@ -681,6 +681,16 @@ def test_a_changed_weight_is_packed_again(algo, norm):
     check(stock, skip, images(), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("algo", ["direct", "f4"])
+def test_evaluation_between_skip_steps_takes_the_newest_statistics(algo):
+    stock, skip = build("conv_norm_relu", algo=algo)
+    for factor in (1, 3):
+        x = factor * images()
+        for model in (stock, skip):
+            run(model.train(), x)
+        torch.testing.assert_close(skip.eval()(x), stock.eval()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_packs_for_the_forward_pass_only():
     _, skip = build("conv_relu", algo="f4")
     with torch.no_grad():

@@ -196,9 +196,9 @@ def fold(
         inverse = torch.rsqrt(norm.running_var + norm.eps)
         return inverse if norm.weight is None else inverse * norm.weight.detach()
 
-    sources = (conv.weight, norm.running_var)
-    if norm.weight is not None:
-        sources += (norm.weight,)
+    # Batch norm writes running statistics past their version counters; the count of batches tells.
+    seen = (conv.weight, norm.running_var, norm.num_batches_tracked, norm.weight)
+    sources = tuple(tensor for tensor in seen if tensor is not None)
     bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
     bias = bias * scale()
     if norm.bias is not None:
