@@ -1,5 +1,7 @@
 """When steps are recorded, replayed and recorded anew; on a GPU, that weights come out alike."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -100,6 +102,31 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr("wus_ext.processes.count", lambda: 2)
     with pytest.raises(ConfigError, match="cuda_graphs needs a single process"):
         TrainConfig(cuda_graphs=True).validate()
+
+
+def test_steps_run_on_the_device_of_their_images(diary, monkeypatch):
+    entered = []
+
+    @contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    run = StepGraphs(lambda images, labels: diary.append("step"), graph=Recorder)
+    images, labels = batches(1)[0]
+    run(images, labels)
+    assert entered[0] is images
+    assert entered[1:] == [None]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_recorded_on_another_device_than_the_current_one():
+    run = StepGraphs(lambda images, labels: images * 2)
+    for i in range(5):
+        images = torch.full((4, 2), float(i), device="cuda:1")
+        assert run(images, torch.arange(4, device="cuda:1")).sum().item() == 16 * i
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class CudaGraph:
 
     def __init__(self, step: Callable[[], Any]) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Another thread may pin the next batch's memory meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._result = step()
 
     def replay(self) -> Any:
@@ -35,12 +37,18 @@ class CudaGraph:
     @staticmethod
     def warm_up(step: Callable[[], Any]) -> Any:
         """Runs the step itself, on a stream of its own, as it must be before it is recorded."""
-        stream = torch.cuda.Stream()
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             result = step()
         torch.cuda.current_stream().wait_stream(stream)
         return result
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all warm-ups: each stream keeps memory and workspaces of its own."""
+    return torch.cuda.Stream(device)
 
 
 class StepGraphs:
@@ -50,8 +58,9 @@ class StepGraphs:
     such as an incomplete last batch, is never recorded. The warm-up runs are steps of the training:
     they make the optimizer's state, cuDNN's plans and the window's transformed weights, whose
     addresses are then recorded. A new skip window transforms weights anew, so its steps are
-    recorded anew. The learning rate and every other number of Python is recorded too: make a new
-    object when one changes, as each epoch does.
+    recorded anew; two windows need a full step between them to be told apart. The learning rate and
+    every other number of Python is recorded too: make a new object when one changes, as each epoch
+    does. Replays do not raise the version counters of what they change.
 
     Args:
         step: the whole step on images and labels, optimizer included.
@@ -83,6 +92,10 @@ class StepGraphs:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Any:
         """One step; what it returns is rewritten by the next."""
+        with torch.cuda.device_of(images):
+            return self._run(images, labels)
+
+    def _run(self, images: Tensor, labels: Tensor) -> Any:
         skipping = self._skipping()
         if skipping and not self._was_skipping:
             self._forget_skip_steps()
