@@ -127,7 +127,7 @@ run_part() {
   echo "== $part: $verdict, $((SECONDS - start)) s"
   {
     printf '\n## %s: %s\n\n' "$part" "$verdict"
-    if grep -q '^| ' "$LOGS/$part.out" && ((status == 0)); then
+    if grep -q '^| ' "$LOGS/$part.out"; then
       cat "$LOGS/$part.out"
     else
       printf '```\n'

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -143,13 +145,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=5, help="steps in a row, timed as one")
     args = parser.parse_args()
+    # Out of time: what was measured so far is shown.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("not finished"))
     rows = []
-    for size in args.batch_sizes:
-        for name in args.models:
-            rows += measure(name, size, args)
-            torch.compiler.reset()
-    print(f"{machine()}; norm={args.norm}, {args.dtype}, {args.rounds} rounds of {args.calls}\n")
-    print(table(HEADER, rows))
+    try:
+        for size in args.batch_sizes:
+            for name in args.models:
+                rows += measure(name, size, args)
+                torch.compiler.reset()
+    finally:
+        print(f"{machine()}; norm={args.norm}, {args.dtype}, {args.rounds} rounds of {args.calls}")
+        print(f"\n{table(HEADER, rows)}")
 
 
 if __name__ == "__main__":
