@@ -681,6 +681,24 @@ def test_a_changed_weight_is_packed_again(algo, norm):
     check(stock, skip, images(), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "neither"])
+def test_dropout_keeps_the_layout(layout):
+    x = images()
+    x = {
+        "contiguous": x.contiguous(),
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "neither": x.transpose(2, 3),
+    }[layout].requires_grad_()
+    grad_output = torch.randn_like(x)
+    results = []
+    for dropout in (nn.Dropout(0.3), DropoutChain(nn.Dropout(0.3))):
+        torch.manual_seed(1)
+        output = dropout(x)
+        results.append((output, *torch.autograd.grad(output, x, grad_output)))
+        assert output.stride() == x.stride()
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("algo", ["direct", "f4"])
 def test_evaluation_between_skip_steps_takes_the_newest_statistics(algo):
     stock, skip = build("conv_norm_relu", algo=algo)

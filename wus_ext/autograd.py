@@ -196,4 +196,4 @@ class Dropout(torch.autograd.Function):
     @_first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
-        return ops.apply_mask(grad.contiguous(), mask, 1.0 / (1.0 - ctx.p)), None
+        return ops.apply_mask(grad, mask, 1.0 / (1.0 - ctx.p)), None

@@ -172,8 +172,12 @@ class DropoutChain:
 
     def __call__(self, input: Tensor) -> Tensor:
         p = self.dropout.p
-        if not (self.dropout.training and 0.0 < p < 1.0 and takes(input)):
+        rows = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        dense = rows or input.is_contiguous()
+        if not (self.dropout.training and 0.0 < p < 1.0 and takes(input) and dense):
             return self.dropout(input)
+        if input.dim() == 4 and not rows:  # the kernels would turn it into channels_last
+            return Dropout.apply(input.flatten(1), p).view(input.shape)
         return Dropout.apply(input, p)
 
 
