@@ -138,6 +138,17 @@ def _restore(mixin: type[SkipModule], make: Any, arguments: tuple) -> nn.Module:
     return module
 
 
+def adopt_sharded(root: SkipModule) -> None:
+    """Lets each block of ``fully_shard`` detach its parameters itself.
+
+    It gathers them when it is called, so that what the root detached is gone by then.
+    """
+    for module in root.modules():
+        if hasattr(module, "set_reshard_after_backward") and not isinstance(module, SkipLayer):
+            module.__class__ = injected(SkipModule, type(module))
+            module.skip_gamma = root.skip_gamma
+
+
 def is_parametrized_bias(path: str) -> bool:
     return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
 
@@ -191,18 +202,20 @@ def skipped_now(model: nn.Module) -> dict[int, nn.Parameter]:
 @contextmanager
 def detached(root: SkipModule) -> Iterator[None]:
     """Swaps parameters that stand still for detached ones, which share their storage."""
-    originals = [
-        (owner, name, owner._parameters[name])
+    swapped = [
+        (owner, name, owner._parameters[name], owner._parameters[name].detach())
         for owner, name, is_weight in own_parameters(root)
         if stands_still(owner, is_weight)
     ]
     try:
-        for owner, name, parameter in originals:
-            _assign(owner, name, parameter.detach())
+        for owner, name, _, constant in swapped:
+            _assign(owner, name, constant)
         yield
     finally:
-        for owner, name, parameter in originals:
-            _assign(owner, name, parameter)
+        for owner, name, parameter, constant in swapped:
+            # fully_shard puts gathered parameters in meanwhile, and may leave them there.
+            if owner._parameters.get(name) is constant:
+                _assign(owner, name, parameter)
 
 
 def _assign(owner: nn.Module, name: str, value: Any) -> None:
