@@ -77,10 +77,13 @@ class SkipModel(SkipModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._skip_programs
-        if cache is None or torch.compiler.is_compiling():
+        if cache is not None and torch.compiler.is_compiling():
+            if self.skip_window and _in_stock_wrapper():
+                _notify_uncompiled(self)
             return super().forward(*args, **kwargs)
-        for observer in before_step:
-            observer(self)
+        if cache is None:
+            return super().forward(*args, **kwargs)
+        _notify(self)
         if not self.skip_window:
             cache.end_window()
             return super().forward(*args, **kwargs)
@@ -92,6 +95,21 @@ class SkipModel(SkipModule):
             return super().forward(*args, **kwargs)
         with detached(self):
             return program(self, *args)
+
+
+def _notify(model: nn.Module) -> None:
+    for observer in before_step:
+        observer(model)
+
+
+# torch.compiler.disable would import the compiler here.
+_notify_uncompiled = torch._disable_dynamo(_notify)
+
+
+def _in_stock_wrapper() -> bool:
+    """Whether a compiled forward pass must be left once, to tell the wrapper around it."""
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    return wrapper is not None and not hasattr(wrapper, "_trained")
 
 
 _injected_classes: dict[tuple[type, type], type] = {}
