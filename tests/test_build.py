@@ -70,6 +70,19 @@ def test_an_unusable_extension_is_one_sentence(tmp_path, extension, message):
     assert message in last
 
 
+def test_the_core_needs_torch_only():
+    extras = {
+        *("lightning", "pytorch_lightning", "transformers", "accelerate", "timm"),
+        *("torchvision", "sklearn", "matplotlib"),
+        "torch._dynamo",  # slow to import
+    }
+    code = "import sys, wus_ext, wus_ext.distributed; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not extras & set(done.stdout.split())
+
+
 def test_build_info():
     info = wus_ext.build_info()
     assert set(info) == {"version", "python", "torch", "cuda", "cuda_archs", "cpu_capability"}

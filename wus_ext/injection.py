@@ -77,10 +77,13 @@ class SkipModel(SkipModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._skip_programs
-        if cache is None or torch.compiler.is_compiling():
+        if cache is not None and torch.compiler.is_compiling():
+            if self.skip_window and _in_stock_wrapper():
+                _notify_uncompiled(self)
             return super().forward(*args, **kwargs)
-        for observer in before_step:
-            observer(self)
+        if cache is None:
+            return super().forward(*args, **kwargs)
+        _notify(self)
         if not self.skip_window:
             cache.end_window()
             return super().forward(*args, **kwargs)
@@ -92,6 +95,21 @@ class SkipModel(SkipModule):
             return super().forward(*args, **kwargs)
         with detached(self):
             return program(self, *args)
+
+
+def _notify(model: nn.Module) -> None:
+    for observer in before_step:
+        observer(model)
+
+
+# torch.compiler.disable would import the compiler here.
+_notify_uncompiled = torch._disable_dynamo(_notify)
+
+
+def _in_stock_wrapper() -> bool:
+    """Whether a compiled forward pass must be left once, to tell the wrapper around it."""
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    return wrapper is not None and not hasattr(wrapper, "_trained")
 
 
 _injected_classes: dict[tuple[type, type], type] = {}
@@ -136,6 +154,17 @@ def _restore(mixin: type[SkipModule], make: Any, arguments: tuple) -> nn.Module:
     module = make(*arguments)
     module.__class__ = injected(mixin, type(module))
     return module
+
+
+def adopt_sharded(root: SkipModule) -> None:
+    """Lets each block of ``fully_shard`` detach its parameters itself.
+
+    It gathers them when it is called, so that what the root detached is gone by then.
+    """
+    for module in root.modules():
+        if hasattr(module, "set_reshard_after_backward") and not isinstance(module, SkipLayer):
+            module.__class__ = injected(SkipModule, type(module))
+            module.skip_gamma = root.skip_gamma
 
 
 def is_parametrized_bias(path: str) -> bool:
@@ -191,18 +220,20 @@ def skipped_now(model: nn.Module) -> dict[int, nn.Parameter]:
 @contextmanager
 def detached(root: SkipModule) -> Iterator[None]:
     """Swaps parameters that stand still for detached ones, which share their storage."""
-    originals = [
-        (owner, name, owner._parameters[name])
+    swapped = [
+        (owner, name, owner._parameters[name], owner._parameters[name].detach())
         for owner, name, is_weight in own_parameters(root)
         if stands_still(owner, is_weight)
     ]
     try:
-        for owner, name, parameter in originals:
-            _assign(owner, name, parameter.detach())
+        for owner, name, _, constant in swapped:
+            _assign(owner, name, constant)
         yield
     finally:
-        for owner, name, parameter in originals:
-            _assign(owner, name, parameter)
+        for owner, name, parameter, constant in swapped:
+            # fully_shard puts gathered parameters in meanwhile, and may leave them there.
+            if owner._parameters.get(name) is constant:
+                _assign(owner, name, parameter)
 
 
 def _assign(owner: nn.Module, name: str, value: Any) -> None:

@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .distributed import check_parameters, make_skip_aware, set_wrappers, warn_if_unseen
-from .injection import SkipModel, SkipModule, Skippable, skippable_parameters, skipped_now
+from .injection import (
+    SkipModel,
+    SkipModule,
+    Skippable,
+    adopt_sharded,
+    skippable_parameters,
+    skipped_now,
+)
 from .nn import SkipLayer
 from .selection import Layers, select
 
@@ -75,6 +82,8 @@ def set_skip(
         set_wrappers(model, make_skip_aware)
         warn_if_unseen(model)
     root = unwrap(model)
+    if skip and isinstance(root, SkipModule):
+        adopt_sharded(root)
     skippable = skippable_parameters(root)
     chosen = set(skippable) if layers is None else select(root, layers, skippable)
     before = skipped_now(root)

@@ -7,7 +7,8 @@ import logging
 import os
 import re
 from collections import Counter
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from itertools import product
 
 import pytest
 import torch
@@ -352,6 +353,74 @@ def same_everywhere_gradients(model):
     first = mine.clone()
     dist.broadcast(first, 0)
     assert torch.equal(mine, first)
+
+
+# Some layers, input gradients only
+
+WINDOWS = {
+    "all": {},
+    "some": {"layers": ["conv", "head.1"]},
+    "some_biases": {"layers": ["conv", "head.1"], "skip_biases": True},
+    "input_only": {"skip_biases": True},
+}
+
+
+def check_layers_and_biases_that_skip():
+    """Windows of every kind between full steps, each restored to what was before."""
+    for make in (convert_then_wrap, switch_the_inner_model, convert_the_inner_model_after):
+        for view in (False, True):
+            torch.manual_seed(0)
+            model = Net(norm=False).to(DEVICE)
+            expected = reference(model)
+            ddp, switch = make(model, gradient_as_bucket_view=view)
+            steps = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, expected)]
+            for step, kind in enumerate(["full", *WINDOWS, "full", *reversed(WINDOWS)]):
+                model.zero_grad(), expected.zero_grad()
+                images = batch(step).requires_grad_()
+                with ExitStack() as windows, Traffic() as traffic:
+                    for m in (switch, expected) if kind in WINDOWS else ():
+                        windows.enter_context(wus_ext.skip_weight_updates(m, **WINDOWS[kind]))
+                    loss(ddp(images)).backward()
+                    calls = list(traffic.calls)
+                    if kind != "input_only":
+                        mean_backward(expected, step)
+                    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+                if kind in WINDOWS:
+                    assert calls.count("allreduce_") == (kind != "input_only"), (kind, calls)
+                assert ("conv.weight" in trained) == (kind == "full"), kind
+                assert ("head.3.weight" in trained) == (kind in ("full", "some", "some_biases"))
+                assert ("conv.bias" in trained) == (kind in ("full", "all", "some")), kind
+                assert images.grad.abs().sum() > 0
+                assert not wus_ext.is_skipping(ddp)
+                assert_near(model, expected)
+                for optimizer in steps:
+                    optimizer.step()
+                same_everywhere(model)
+
+
+def check_join_while_layers_come_and_go():
+    torch.manual_seed(0)
+    model = Net(norm=False).to(DEVICE)
+    expected = reference(model)
+    ddp, _ = our_wrapper(model)
+    optimizer, other = (torch.optim.SGD(m.parameters(), 0.1) for m in (model, expected))
+    kinds = ["some", "all", "some_biases", "some", "some_biases"]
+    world = dist.get_world_size()
+    counts = [3 + 2 * rank for rank in range(world)]
+    with ddp.join():
+        for step in range(counts[dist.get_rank()]):
+            optimizer.zero_grad()
+            with wus_ext.skip_weight_updates(ddp, **WINDOWS[kinds[step % 5]]):
+                loss(ddp(batch(step))).backward()
+            optimizer.step()
+    for step in range(max(counts)):
+        ranks = [rank for rank in range(world) if step < counts[rank]]
+        other.zero_grad()
+        with wus_ext.skip_weight_updates(expected, **WINDOWS[kinds[step % 5]]):
+            mean_backward(expected, step, len(ranks) / world, ranks)
+        other.step()
+    same_everywhere(model)
+    assert_near(model, expected, "parameters")
 
 
 # Gradient accumulation
@@ -759,7 +828,7 @@ def check_copies_inside_a_window():
 
 
 def check_compiled():
-    for inside in (True, False):
+    for inside, told in product((True, False), (True, False)):
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = wus_ext.convert(Net(norm=False).to(DEVICE))
@@ -769,9 +838,9 @@ def check_compiled():
         else:
             ddp = torch.compile(wrapped(model), backend="aot_eager")
         for step, kind in enumerate("FSFSS"):
-            for m in (ddp, expected):
+            for m in (ddp if told else model, expected):
                 wus_ext.set_skip(m, kind == "S")
-                m.zero_grad()
+            model.zero_grad(), expected.zero_grad()
             loss(ddp(batch(step))).backward()
             mean_backward(expected, step)
             assert_near(model, expected)

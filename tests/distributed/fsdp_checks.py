@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
 
 import wus_ext
 
-from .checks import DEVICE, Net, Traffic, batch, loss, mean_backward, refused
+from .checks import DEVICE, WINDOWS, Net, Traffic, batch, loss, mean_backward, refused
 
 
 class Deep(nn.Module):
@@ -91,6 +91,64 @@ def check_fully_shard_reduces_gradients_of_biases_only():
     reduced = {kind: bytes["_reduce_scatter_base_"] for kind, bytes in sent.items()}
     once = 4 * (world + 1) / world  # float32, input and output of a reduce-scatter
     assert reduced == {"F": once * padded, "S": once * padded_biases}
+
+
+def check_fully_shard_without_a_backward_pass():
+    """Blocks whose parameters stay gathered between forward passes, in windows of every kind."""
+    for reshard in (True, False):
+        torch.manual_seed(0)
+        model = wus_ext.convert(Deep().to(DEVICE))
+        expected = copy.deepcopy(model)
+        shard(model, nested=True, reshard_after_forward=reshard)
+        for kind, window in WINDOWS.items():
+            for m in (model, expected):
+                m.zero_grad()
+                window = {**window, "layers": "body"} if "layers" in window else window
+                with wus_ext.skip_weight_updates(m, **window):
+                    with torch.no_grad():
+                        m(batch(0)), m(batch(1))
+                    if m is model:
+                        images = batch(2).requires_grad_()
+                        (loss(m(images)) + loss(m(images))).backward()
+                    elif kind != "input_only":
+                        mean_backward(m, 2, 2.0)
+            for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None), name
+                if q.grad is not None:
+                    torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-6)
+
+
+class Uses(nn.Module):
+    """Uses its layer's weight, of which it has none of its own, without a call of the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(75, 75), nn.LayerNorm(75)
+
+    def forward(self, x):
+        return self.norm(nn.functional.linear(x.flatten(1), self.layer.weight, self.layer.bias))
+
+
+def check_fully_shard_of_a_block_that_uses_weights_of_its_layers():
+    for first in (True, False):
+        for gamma in (True, False):
+            model = nn.Sequential(Uses(), nn.Linear(75, 2)).to(DEVICE)
+            for do in (0, 1) if first else (1, 0):
+                if do == 0:
+                    wus_ext.convert(model, skip_gamma=gamma)
+                else:
+                    fully_shard(model[0])
+                    fully_shard(model)
+            biases = {"0.layer.bias", "0.norm.bias", "1.bias"} | (
+                set() if gamma else {"0.norm.weight"}
+            )
+            for window, expected in (({}, biases), ({"skip_biases": True}, set())):
+                model.zero_grad()
+                with wus_ext.skip_weight_updates(model, **window):
+                    loss(model(batch(0).requires_grad_())).backward()
+                assert {n for n, p in model.named_parameters() if p.grad is not None} == expected
+            loss(model(batch(0))).backward()
+            assert all(p.grad is not None for p in model.parameters())
 
 
 def check_fully_shard_in_mixed_precision():

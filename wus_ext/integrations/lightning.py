@@ -92,7 +92,8 @@ class WeightUpdateSkipping(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         convert_once(pl_module)  # if made by configure_model
-        self._decisions.start(pl_module, trainer.optimizers)
+        # With its wrapper, which may not see pl_module run: training_step need not call it.
+        self._decisions.start(trainer.model, trainer.optimizers)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch > 0:
