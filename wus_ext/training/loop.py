@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .graphs import StepGraphs
 from .. import processes
+from .graphs import StepGraphs
 from .timing import StepTimer, synchronize
 
 __all__ = ["Result", "Totals", "evaluate", "train_epoch"]

@@ -75,6 +75,10 @@ class Trainer:
         progress: Progress | None = None,
     ) -> None:
         config.validate()
+        if config.cuda_graphs and processes.count() > 1:
+            raise ConfigError(
+                "cuda_graphs works in one process so far: leave it out under torchrun"
+            )
         self.config, self.progress = config, progress
         self.device = config.torch_device()
         self.folder = RunFolder(out) if out is not None else None
