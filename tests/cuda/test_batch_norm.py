@@ -8,7 +8,7 @@ from ..cpu.rows import POOL_SHAPES, SHAPES, dense, pack, rows_of, same
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NONE, MASK, POOL, RECOMPUTE = range(4)
-NORM_SHAPES = [s for s in SHAPES if len(s) != 3 and s[0] and s != (1, 5, 1, 1)]
+NORM_SHAPES = [s for s in SHAPES if len(s) != 3 and s[0] and s != (1, 5, 1, 1)][::2]
 EPS = 1e-5
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

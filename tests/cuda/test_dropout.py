@@ -23,7 +23,7 @@ def drop(gpu, x, p, relu, seed=3):
 @each_dtype
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
 def test_what_is_kept_is_scaled(gpu, shape, p, relu, dtype):
     x = values(shape).to(dtype)
     kept = unpack(drop(gpu, torch.ones_like(x), p, False)[1], x)
