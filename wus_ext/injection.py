@@ -232,7 +232,7 @@ def detached(root: SkipModule) -> Iterator[None]:
     finally:
         for owner, name, parameter, constant in swapped:
             # fully_shard puts gathered parameters in meanwhile, and may leave them there.
-            if owner._parameters.get(name) is constant:
+            if name in owner._parameters and owner._parameters[name] is constant:
                 _assign(owner, name, parameter)
 
 
