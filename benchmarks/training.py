@@ -99,6 +99,8 @@ def main() -> None:
         runs = compare(settings(args), out, resume=(out / "compare.json").exists(), say=print)
     except (ConfigError, DataError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; the same command goes on from here\n")
     header = [
         "method",
         "s (1 - r), %",
