@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wus_ext.algorithms import Act, Direct, Geometry, choose
+from wus_ext.algorithms import Act, Direct, choose
+from wus_ext.geometry import Geometry
 from wus_ext.options import SkipOptions
 from wus_ext.packing import PackedWeights
 

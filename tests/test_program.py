@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wus_ext
-from wus_ext.algorithms import Act, Scheme, packed_nbytes
+from wus_ext.algorithms import Act, packed_nbytes
 from wus_ext.chains import ConvChain, DropoutChain, LinearChain
+from wus_ext.geometry import Scheme
 
 
 class Functional(nn.Module):

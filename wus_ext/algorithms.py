@@ -1,4 +1,4 @@
-"""Convolutions and products with frozen weights: forward and data gradient.
+"""Convolutions with frozen weights: forward and data gradient.
 
 An algorithm is made for one layer, one input size and one window, holds the weights in the form it
 needs, and is shared by the chains of :mod:`wus_ext.chains`. All take and give tensors in
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .geometry import Geometry, Scheme, schemes, suits_strided
 from .options import SkipOptions
 from .packing import PackedWeights
 from .support import on_gpu
@@ -34,43 +33,12 @@ class Act(IntEnum):
     RELU_POOL = 2  # ReLU and 2x2 max-pool; one byte an output
 
 
-class Scheme(IntEnum):
-    """Winograd schemes: how many multiplications an output costs instead of nine."""
-
-    Z2 = 0  # whole maps of at most 2x2 pixels with padding 1: 2.25
-    F2 = 2  # F(2x2, 3x3): 4
-    F4 = 4  # F(4x4, 3x3): 2.25
-
-
 # What wus::winograd_forward does behind the convolution, and wus::winograd_dgrad in front of it.
 EPILOGUES = {Act.NONE: 0, Act.RELU: 1, Act.RELU_POOL: 2}
 STATISTICS = 3
 PLAIN = 0
 PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act.RELU_POOL: 3}
 NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act.RELU_POOL: 7}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A convolution's numbers."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    input_size: tuple[int, int]
-    output_size: tuple[int, int]
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d, input: Tensor) -> Geometry:
-        size = tuple(input.shape[2:])
-        output = tuple(
-            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1)
-            // conv.stride[i]
-            + 1
-            for i in range(2)
-        )
-        return cls(conv.stride, conv.padding, conv.dilation, conv.groups, size, output)
 
 
 class Algorithm(ABC):
@@ -396,95 +364,7 @@ def _packed(
     return forward, packed.get(keys[1], sources, lambda: pack(weight(), True))
 
 
-def suits_strided(conv: nn.Conv2d, geometry: Geometry, algo: str) -> bool:
-    """Whether a layer's convolution is one that wus::strided_forward does, and does faster."""
-    if algo == "direct" or geometry.groups != 1 or conv.in_channels < 16 or conv.out_channels < 16:
-        return False
-    if conv.kernel_size == (1, 1):
-        return geometry.padding == (0, 0) and max(geometry.stride) > 1
-    return (
-        algo != "f2"  # the polyphase transform rounds as F(4x4, 3x3) does
-        and conv.kernel_size == (3, 3)
-        and geometry.stride == (2, 2)
-        and geometry.padding == (1, 1)
-        and geometry.dilation == (1, 1)
-        and min(geometry.output_size) >= 3
-    )
-
-
-def schemes(conv: nn.Conv2d, geometry: Geometry, algo: str) -> list[Scheme]:
-    """Winograd schemes that suit a layer, best first; none where only the direct one does."""
-    suits = (
-        algo != "direct"
-        and conv.kernel_size == (3, 3)
-        and geometry.stride == (1, 1)
-        and geometry.dilation == (1, 1)
-        and geometry.groups == 1
-        and geometry.padding in ((0, 0), (1, 1), (2, 2))
-        and conv.in_channels >= 8
-    )
-    if not suits:
-        return []
-    if geometry.input_size == (2, 2) and geometry.padding == (1, 1):
-        return [Scheme.Z2, Scheme.F2]
-    if algo == "f2" or min(geometry.output_size) < 4:
-        return [Scheme.F2]
-    return [Scheme.F4, Scheme.F2]
-
-
 def packed_nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:
     """Bytes of a weight's two packed copies, for the forward pass and the data gradient."""
     shape_only = torch.empty_like(weight, device="meta")
     return sum(pack(shape_only, dgrad).nbytes for dgrad in (False, True))
-
-
-class FrozenProduct:
-    """x @ weight.T and grad @ weight, with the weight packed by oneDNN where that pays."""
-
-    #: Below this many values per weight a packed copy gains nothing.
-    WORTH_PACKING = 1 << 18
-
-    def __init__(self, weight: Tensor, packed: tuple[Tensor, ...]) -> None:
-        self.weight = weight
-        self.packed = packed
-
-    @classmethod
-    def of(
-        cls, linear: nn.Linear, input: Tensor, packed: PackedWeights, backward: bool
-    ) -> FrozenProduct:
-        weight = linear.weight.detach()
-        if weight.dtype != input.dtype:
-            key = (linear, "cast", input.dtype)
-            return cls(packed.get(key, (linear.weight,), lambda: weight.to(input.dtype)), ())
-        keys = [(linear, direction) for direction in ("forward", "dgrad")]
-        if (
-            on_gpu(weight)
-            or weight.numel() < cls.WORTH_PACKING
-            or not torch.backends.mkldnn.enabled
-            or not torch.backends.mkldnn.is_available()
-            or not packed.fits(keys, lambda: 2 * weight.nbytes)
-        ):
-            return cls(weight, ())
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        rows, sources = input.size(0), (linear.weight,)
-        copies = [packed.get(keys[0], sources, lambda: reorder(weight.contiguous(), rows))]
-        if backward:
-            copies.append(
-                packed.get(keys[1], sources, lambda: reorder(weight.t().contiguous(), rows))
-            )
-        return cls(weight, tuple(copies))
-
-    def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.packed:
-            return F.linear(input, self.weight, None if bias is None else bias.to(input.dtype))
-        return self._product(input, self.packed[0], bias)
-
-    def dgrad(self, grad: Tensor) -> Tensor:
-        if not self.packed:
-            return grad @ self.weight
-        return self._product(grad, self.packed[1], None)
-
-    @staticmethod
-    def _product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        return pointwise(input.contiguous(), packed, bias, "none", [], "")

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import nn as skip_nn
-from .algorithms import Act, Algorithm, FrozenProduct, Geometry, choose
+from .algorithms import Act, Algorithm, choose
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Dropout, LinearAct
+from .geometry import Geometry
 from .options import SkipOptions
 from .packing import PackedWeights
+from .products import FrozenProduct
 from .support import fused_dtype, takes
 
 
