@@ -36,6 +36,16 @@ TORCH_LIBRARY(wus, m) {
       "(Tensor output, Tensor mask)");
   m.def("apply_mask(Tensor grad_output, Tensor mask, float scale=1) -> Tensor");
 
+  // Linear layers with ReLU by cuBLASLt's epilogues, on GPUs (see cuda/lt_matmul.h). aux: one bit
+  // an element of output, uint8 [N, 16 * ceil(out_features / 128)], for linear_drelu_bgrad of the
+  // layer above only; bits are in cuBLASLt's order. grad_bias is that of the layer below, in its
+  // type.
+  m.def("linear_epilogues_exist(Tensor input, int out_features, int next_features) -> bool");
+  m.def("linear_relu_aux(Tensor input, Tensor weight, Tensor bias) -> (Tensor output, Tensor aux)");
+  m.def(
+      "linear_drelu_bgrad(Tensor grad_output, Tensor weight, Tensor aux) -> "
+      "(Tensor grad_input, Tensor grad_bias)");
+
   // Batch norm in training mode. act: 0 none, 1 ReLU with a mask, 2 ReLU and 2x2 max-pool with
   // codes, 3 ReLU whose mask backward computes again from the input (see activation.h). Without a
   // scale, batch_norm_apply adds the shift alone: a bias.

@@ -24,6 +24,9 @@ KERNELS = [
     "batch_norm_grad_input",
     "dropout_mask",
     "relu_dropout_mask",
+    "linear_epilogues_exist",
+    "linear_relu_aux",
+    "linear_drelu_bgrad",
 ]
 
 needs_cuda_build = pytest.mark.skipif(

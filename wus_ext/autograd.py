@@ -13,26 +13,28 @@ from torch import Tensor
 
 from . import nn as skip_nn
 from .algorithms import Act, masked
+from .products import FrozenProduct
 
 ops = torch.ops.wus
 
 
-def _first_order(backward: Callable) -> Callable:
+def first_order(backward: Callable) -> Callable:
     """A backward without a derivative of its own says so, whatever was asked to require one."""
 
     @wraps(backward)
-    def checked(ctx, grad):
+    def checked(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a fused skip step has no second derivative (create_graph=True); "
                 "convert the model with fuse=False"
             )
-        return backward(ctx, grad)
+        return backward(ctx, *grads)
 
     return checked
 
 
-def _dense(grad: Tensor) -> Tensor:
+def dense(grad: Tensor) -> Tensor:
+    """An image's gradient in channels_last."""
     return grad.contiguous(memory_format=torch.channels_last)
 
 
@@ -47,12 +49,12 @@ class ConvAct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_input, need_bias = ctx.needs_input_grad[:2]
         grad_input, grad_bias = ctx.algorithm.backward(
-            _dense(grad), mask, ctx.act, need_input, need_bias
+            dense(grad), mask, ctx.act, need_input, need_bias
         )
         return grad_input, grad_bias if need_bias else None, None, None
 
@@ -68,14 +70,14 @@ class ConvAddAct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_input, need_bias, need_residual = ctx.needs_input_grad[:3]
         algorithm = ctx.algorithm
         size = tuple(grad.shape[2:])
         grad, grad_bias = masked(
-            _dense(grad), mask, ctx.act, size, need_input or need_residual, need_bias
+            dense(grad), mask, ctx.act, size, need_input or need_residual, need_bias
         )
         return (
             algorithm.dgrad(grad) if need_input else None,
@@ -114,12 +116,12 @@ class ConvNormAct(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx, grad):
         mask, *kept = ctx.saved_tensors
         need_input, need_bias, need_gamma, need_beta, need_residual = ctx.needs_input_grad[:5]
         act, algorithm = ctx.act, ctx.algorithm
-        grad = _dense(grad)
+        grad = dense(grad)
         grad_bias = grad.new_zeros(grad.size(1)) if need_bias else None
         if not kept:
             grad, grad_beta = masked(grad, mask, act, ctx.size, need_residual, need_beta)
@@ -155,31 +157,42 @@ class LinearAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, bias, product, relu, p):
-        output = product.forward(input, bias)
-        mask = None
-        if relu and p > 0.0:
-            output, mask = ops.relu_dropout_mask(output, p)
-        elif relu:
-            output, mask = ops.relu_mask_(output)
+        output, mask = linear_forward(product, input, bias, relu, p)
         ctx.save_for_backward(mask)
         ctx.product, ctx.p = product, p
         return output
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_input, need_bias = ctx.needs_input_grad[:2]
-        grad = grad.contiguous()
-        grad_bias = None
-        if ctx.p > 0.0:
-            grad = ops.apply_mask(grad, mask, 1.0 / (1.0 - ctx.p))
-            mask = None
-        if mask is not None or need_bias:
-            masked_grad, grad_bias = ops.mask_bias_grad(grad, mask, mask is not None and need_input)
-            grad = masked_grad if mask is not None else grad
+        grad, grad_bias = linear_masked(grad, mask, ctx.p, need_input, need_bias)
         grad_input = ctx.product.dgrad(grad) if need_input else None
         return grad_input, grad_bias if need_bias else None, None, None, None
+
+
+def linear_forward(
+    product: FrozenProduct, input: Tensor, bias: Tensor | None, relu: bool, p: float
+) -> tuple[Tensor, Tensor | None]:
+    """dropout(relu(product + bias)), and its mask."""
+    output = product.forward(input, bias)
+    if not relu:
+        return output, None
+    return ops.relu_dropout_mask(output, p) if p > 0.0 else ops.relu_mask_(output)
+
+
+def linear_masked(
+    grad: Tensor, mask: Tensor | None, p: float, need_grad: bool, need_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient in front of dropout and ReLU, and the bias's."""
+    grad = grad.contiguous()
+    if p > 0.0:
+        grad, mask = ops.apply_mask(grad, mask, 1.0 / (1.0 - p)), None
+    if mask is None and not need_bias:
+        return grad, None
+    masked_grad, grad_bias = ops.mask_bias_grad(grad, mask, mask is not None and need_grad)
+    return (grad if mask is None else masked_grad), grad_bias
 
 
 class Dropout(torch.autograd.Function):
@@ -193,7 +206,7 @@ class Dropout(torch.autograd.Function):
         return output
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         return ops.apply_mask(grad, mask, 1.0 / (1.0 - ctx.p)), None

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from . import nn as skip_nn
-from .algorithms import Act, Algorithm, choose
+from .algorithms import Act, Algorithm, Unfused, choose
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Dropout, LinearAct
 from .geometry import Geometry
+from .linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .options import SkipOptions
 from .packing import PackedWeights
 from .products import FrozenProduct
@@ -31,6 +32,7 @@ class ConvChain:
         layers: the steps in order for the unfused path; the residual is added by the step None.
         free_layout: every user is a chain too, so that the output may be channels_last even where
             stock would give another layout.
+        above: the chain that takes the output, where it may undo this one's ReLU.
     """
 
     conv: skip_nn.Conv2d
@@ -40,11 +42,15 @@ class ConvChain:
     packed: PackedWeights
     options: SkipOptions
     free_layout: bool = False
+    above: ConvChain | None = None
 
     def __call__(
-        self, input: Tensor, channels_last: bool, residual: Tensor | None = None
-    ) -> Tensor:
+        self, input: Tensor | Held, channels_last: bool, residual: Tensor | None = None
+    ) -> Tensor | Held:
+        below, input = opened(input)
         dtype = self._fused_dtype(input, residual)
+        if below is not None and dtype != input.dtype:
+            below, input = None, below.settled()
         if dtype is None:
             if not channels_last:  # what a chain before left as it liked
                 input = input.contiguous()
@@ -52,8 +58,9 @@ class ConvChain:
         input = input.to(dtype).contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        output = self._fused(input, residual)
-        return output if channels_last or self.free_layout else output.contiguous()
+        output = self._fused(input, residual, below)
+        free = channels_last or self.free_layout or isinstance(output, Held)
+        return output if free else output.contiguous()
 
     def _unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
         for layer in self.layers:
@@ -97,12 +104,14 @@ class ConvChain:
             and (size[0] * size[2] * size[3] > 1 or not batch)
         )
 
-    def _fused(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _fused(self, input: Tensor, residual: Tensor | None, below: Held | None) -> Tensor | Held:
         conv, norm = self.conv, self.norm
         geometry = Geometry.of(conv, input)
         weight, sources = conv.weight.detach, (conv.weight,)
+        backward = wants_dgrad(input) if below is None else below.wants_grad()
         if norm is not None and skip_nn.uses_batch_statistics(norm):
-            algorithm = self._choose(input, geometry, weight, sources)
+            input = input if below is None else below.settled()
+            algorithm = self._choose(input, geometry, weight, sources, backward)
             gamma = norm.weight
             if gamma is not None and getattr(norm, "skip_wgrad", False):
                 gamma = gamma.detach()
@@ -112,7 +121,14 @@ class ConvChain:
         bias = conv.bias
         if norm is not None:
             weight, bias, sources = fold(conv, norm)
-        algorithm = self._choose(input, geometry, weight, sources)
+        algorithm = self._choose(input, geometry, weight, sources, backward)
+        if isinstance(algorithm, Unfused):
+            hold = self.above is not None and self.act == Act.RELU and torch.is_grad_enabled()
+            if hold or below is not None:
+                layer = ConvLayer(algorithm, self.act)
+                return linked(layer, input, bias, residual, below, hold)
+        elif below is not None:
+            input = below.settled()
         if residual is not None:
             return ConvAddAct.apply(input, bias, residual, algorithm, self.act)
         return ConvAct.apply(input, bias, algorithm, self.act)
@@ -123,6 +139,7 @@ class ConvChain:
         geometry: Geometry,
         weight: Callable[[], Tensor],
         sources: tuple[Tensor, ...],
+        backward: bool,
     ) -> Algorithm:
         return choose(
             self.conv,
@@ -131,39 +148,65 @@ class ConvChain:
             sources,
             self.options,
             self.packed,
-            wants_dgrad(input),
+            backward,
             input.dtype,
         )
 
 
 @dataclass
 class LinearChain:
-    """linear [+ ReLU [+ dropout]]."""
+    """linear [+ ReLU [+ dropout]].
+
+    Attributes:
+        above: the chain that takes the output, where it may undo this one's ReLU.
+    """
 
     linear: skip_nn.Linear
     relu: bool
     dropout: nn.Dropout | None
     layers: list[Callable]
     packed: PackedWeights
+    options: SkipOptions
+    above: LinearChain | None = None
 
-    def __call__(self, input: Tensor) -> Tensor:
-        linear = self.linear
-        p = self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
-        dtype = fused_dtype(input, linear.weight, linear.bias)
-        fused = (
-            dtype is not None
-            and input.dim() == 2
-            and input.size(1) == linear.in_features
-            and linear.skip_wgrad
-            and p < 1.0
-        )
-        if not fused:
+    def __call__(self, input: Tensor | Held) -> Tensor | Held:
+        below, input = opened(input)
+        dtype = self._fused_dtype(input, input.size(-1) if input.dim() == 2 else -1)
+        if below is not None and dtype != input.dtype:
+            below, input = None, below.settled()
+        if dtype is None:
             for layer in self.layers:
                 input = layer(input)
             return input
         input = input.to(dtype)
-        product = FrozenProduct.of(linear, input, self.packed, wants_dgrad(input))
-        return LinearAct.apply(input, linear.bias, product, self.relu, p)
+        bias, p = self.linear.bias, self._p()
+        backward = wants_dgrad(input) if below is None else below.wants_grad()
+        product = FrozenProduct.of(self.linear, input, self.packed, backward)
+        hold = self.above is not None and self.relu and p == 0.0 and torch.is_grad_enabled()
+        if not hold and below is None:
+            return LinearAct.apply(input, bias, product, self.relu, p)
+        opaque = hold and self._suits_cublaslt(input)
+        layer = LinearLayer(product, self.relu, p, opaque, below is not None and below.opaque)
+        return linked(layer, input, bias, None, below, hold)
+
+    def _fused_dtype(self, input: Tensor, features: int) -> torch.dtype | None:
+        """The type in which the chain can run fused on [N, features] like `input`, or None."""
+        linear = self.linear
+        fits = features == linear.in_features and linear.skip_wgrad and self._p() < 1.0
+        return fused_dtype(input, linear.weight, linear.bias) if fits else None
+
+    def _p(self) -> float:
+        return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
+
+    def _suits_cublaslt(self, input: Tensor) -> bool:
+        """Whether ReLU and mask may be cuBLASLt's: the chain above, too, must find its product."""
+        features, above = self.linear.out_features, self.above
+        return (
+            "cublaslt" in self.options.epilogues
+            and self.linear.bias is not None
+            and above._fused_dtype(input, features) == input.dtype
+            and suits_cublaslt(input, features, above.linear.out_features)
+        )
 
 
 @dataclass
@@ -181,6 +224,11 @@ class DropoutChain:
         if input.dim() == 4 and not rows:  # the kernels would turn it into channels_last
             return Dropout.apply(input.flatten(1), p).view(input.shape)
         return Dropout.apply(input, p)
+
+
+def opened(input: Tensor | Held) -> tuple[Held | None, Tensor]:
+    """What the chain below left to do, if it did, and its output."""
+    return (input, input.output) if isinstance(input, Held) else (None, input)
 
 
 def wants_dgrad(input: Tensor) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from ._build import build_info
 
 NORMS = ("batch", "frozen")
 ALGORITHMS = ("auto", "direct", "f2", "f4")
+#: Each with the entry of build_info() that says whether this build has it.
+EPILOGUES = {"plain": None, "cublaslt": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,16 @@ class SkipOptions:
             not fit run with a smaller transform or directly. Default None: no limit.
         fuse: whether chains of layers may run fused (default True). A model whose ``forward``
             depends on Python state other than ``training`` must set it to False.
+        epilogues: what may mask a layer's data gradient for the ReLU of the layer below and sum it
+            for that layer's bias, where one layer feeds another. ``"cublaslt"``: linear layers on a
+            GPU, where cuBLASLt has such products; it gives bias gradients in the type of the
+            products, and its ReLU need not pass NaN on. ``"plain"``: the same order of work with
+            the kernels that are used anyway, results bit for bit the same. Default: none. Not yet
+            run on a GPU.
 
     Raises:
-        ValueError: for a value that is none of these; the message names the setting.
+        ValueError: for a value that is none of these, or an epilogue that this build does not have;
+            the message names the setting.
     """
 
     skip_gamma: bool = True
@@ -34,6 +46,7 @@ class SkipOptions:
     algo: str = "auto"
     memory_budget: int | None = None
     fuse: bool = True
+    epilogues: Collection[str] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in (("norm", NORMS), ("algo", ALGORITHMS)):
@@ -44,6 +57,7 @@ class SkipOptions:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}: expected True or False, got {value!r}")
+        object.__setattr__(self, "epilogues", _checked_epilogues(self.epilogues))
         if self.norm == "frozen" and not self.skip_gamma:
             raise ValueError(
                 "norm='frozen' needs skip_gamma=True: a layer that trains is not frozen"
@@ -53,3 +67,21 @@ class SkipOptions:
             raise ValueError(
                 f"memory_budget: expected a number of bytes from 0 up, or None, got {budget!r}"
             )
+
+
+def _checked_epilogues(names: Collection[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise ValueError(
+            f"epilogues: expected a collection of names out of {', '.join(EPILOGUES)}, "
+            f"got {names!r}"
+        )
+    for name in names:
+        if name not in EPILOGUES:
+            raise ValueError(f"epilogues: {name!r} is not one of {', '.join(EPILOGUES)}")
+        needed = EPILOGUES[name]
+        if needed is not None and build_info()[needed] is None:
+            raise ValueError(
+                f"epilogues: {name!r} is not part of this build of wus_ext: "
+                f"wus_ext.build_info()[{needed!r}] is None"
+            )
+    return tuple(name for name in EPILOGUES if name in names)

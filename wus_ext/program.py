@@ -248,10 +248,27 @@ class _Fuser:
             elif self._layer(node, (nn.Dropout,)):
                 self._replace([node], DropoutChain(self._module(node)), node.args)
         for node in self.graph.nodes:
-            chain = self.chains.get(node.target) if node.op == "call_module" else None
+            chain = self._chain(node)
             if isinstance(chain, ConvChain):
                 chain.free_layout = all(self._is_conv_chain(user) for user in node.users)
+        if self.options.epilogues:
+            self._link()
         self.graph.lint()
+
+    def _link(self) -> None:
+        """Introduces chains to the one chain of their kind that takes their output, if any."""
+        for node in self.graph.nodes:
+            users = list(node.users)
+            if len(users) != 1:
+                continue
+            chain, above = self._chain(node), self._chain(users[0])
+            takes_once = users[0].args[:1] == (node,) and users[0].args.count(node) == 1
+            if (
+                isinstance(chain, ConvChain | LinearChain)
+                and type(above) is type(chain)
+                and takes_once
+            ):
+                chain.above = above
 
     def _fuse_conv(self, conv: fx.Node) -> None:
         nodes, layers = [conv], [self._module(conv)]
@@ -289,7 +306,7 @@ class _Fuser:
             if node := self._next(nodes, lambda n: self._layer(n, (nn.Dropout,))):
                 dropout = self._module(node)
                 layers.append(dropout)
-        chain = LinearChain(self._module(linear), relu, dropout, layers, self.packed)
+        chain = LinearChain(self._module(linear), relu, dropout, layers, self.packed, self.options)
         self._replace(nodes, chain, linear.args)
 
     def _next(self, nodes: list[fx.Node], fits: Callable[[fx.Node], bool]) -> fx.Node | None:
@@ -399,7 +416,11 @@ class _Fuser:
         return not in_place or len(node.args[0].users) == 1
 
     def _is_conv_chain(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(self.chains.get(node.target), ConvChain)
+        return isinstance(self._chain(node), ConvChain)
+
+    def _chain(self, node: fx.Node) -> Any:
+        """The chain that a node calls, or None."""
+        return self.chains.get(node.target) if node.op == "call_module" else None
 
 
 def _is_2x2(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from torch import nn
@@ -52,6 +53,7 @@ def convert(
     algo: str = "auto",
     memory_budget: int | None = None,
     fuse: bool = True,
+    epilogues: Collection[str] = (),
 ) -> Model:
     """Makes a model skip-aware, in place; full steps stay stock PyTorch, bit for bit.
 
@@ -74,14 +76,18 @@ def convert(
             layers that do not fit run with a smaller transform or directly. Default None: no limit.
         fuse: whether chains of layers may run as one in skip steps (default True). Set it to False
             for a model whose ``forward`` depends on Python state other than ``training``.
+        epilogues: what may mask a layer's data gradient for the ReLU of the layer below it, and sum
+            it for that layer's bias, in the product itself: ``"cublaslt"`` (linear layers on a GPU,
+            where cuBLASLt can; bias gradients come in the type of the products), ``"plain"`` (what
+            is used anyway, in that order; the same bit for bit). Default: none.
 
     Returns:
         The same object.
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module`` or is a TorchScript module.
-        ValueError: if ``model`` holds a lazy layer that has not seen an input yet, or a setting is
-            none of the above.
+        ValueError: if ``model`` holds a lazy layer that has not seen an input yet, a setting is
+            none of the above, or an epilogue is not part of this build.
 
     Warns:
         UserWarning: if there was nothing to convert, or no bias that a skip step could train.
@@ -95,7 +101,7 @@ def convert(
 tensor (8 values) trains
     """
     check_module(model)
-    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse)
+    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse, epilogues)
     set_wrappers(model, make_skip_aware)
     root = unwrap(model)
     for name, module in root.named_modules():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -39,3 +41,12 @@ def gpu(request, monkeypatch) -> Gpu:
 @pytest.fixture
 def real_gpu() -> None:
     need_gpu()
+
+
+@pytest.fixture
+def tf32_products() -> Iterator[None]:
+    """Products in TF32 are allowed: few libraries have epilogues for others in float32."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, True
+    yield
+    products.allow_tf32 = before

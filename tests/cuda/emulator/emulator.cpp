@@ -11,6 +11,8 @@
 #include "cuda/batch_norm_kernels.cu"
 #include "cuda/dropout.cpp"
 #include "cuda/dropout_kernels.cu"
+#include "cuda/linear_epilogue.cpp"
+#include "cuda/lt_matmul.cpp"
 #include "cuda/mask.cpp"
 #include "cuda/mask_kernels.cu"
 #include "cuda/pool.cpp"
