@@ -54,8 +54,9 @@ sanitize: setup ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 	  WUS_SANITIZE=1 $(BIN)/pytest -q -p wus_ext -p no:cacheprovider tests/cpu tests/cuda tests/test_program.py $(PYTEST_ARGS)
 
-cuda-toolkit: $(VENV)/.packages ## pip's CUDA compiler, of the version that torch was built with
+cuda-toolkit: $(VENV)/.packages ## pip's CUDA compiler, of the version that torch was built with, and cudnn-frontend's headers
 	$(BIN)/python -c 'from importlib.metadata import version; print("cuda-toolkit[nvcc,cccl,cudart]==" + version("cuda-toolkit"))' | xargs $(BIN)/pip install --quiet
+	$(BIN)/pip install --quiet --no-deps "nvidia-cudnn-frontend>=1.32"
 
 clean: ## removes the virtual environment and everything built
 	rm -rf $(VENV) build *.egg-info wus_ext/*.so .pytest_cache .ruff_cache

@@ -25,6 +25,8 @@ except ImportError:
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "8.0 9.0 10.0+PTX"
+OLDEST_CUDNN_FRONTEND = (1, 32)
+CUDNN_SOURCES = ("conv_epilogue.cpp", "dgrad_graph.cpp")
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 CXX_FLAGS += [
     "-Wno-unknown-pragmas",
@@ -96,6 +98,28 @@ def find_cuda():
     return None
 
 
+def cudnn_frontend(home):
+    """Include folders for cuDNN's graphs and cudnn-frontend's version; None without the headers."""
+    packages = [Path(sysconfig.get_paths()["purelib"]), Path(torch.__file__).parents[1]]
+    cudnn = [home / "include", *(folder / "nvidia" / "cudnn" / "include" for folder in packages)]
+    frontend = [home / "include", *(folder / "include" for folder in packages)]
+    folders = []
+    for header, places in (("cudnn.h", cudnn), ("cudnn_frontend_version.h", frontend)):
+        folder = next((place for place in places if (place / header).exists()), None)
+        if folder is None:
+            print(f"wus_ext: without cuDNN's graphs (no {header})")
+            return None
+        folders.append(str(folder))
+    text = Path(folders[1], "cudnn_frontend_version.h").read_text()
+    version = tuple(map(int, re.findall(r"define CUDNN_FRONTEND_[A-Z]+_VERSION (\d+)", text)))
+    shown = ".".join(map(str, version))
+    if version < OLDEST_CUDNN_FRONTEND:
+        wanted = ".".join(map(str, OLDEST_CUDNN_FRONTEND))
+        print(f"wus_ext: without cuDNN's graphs (cudnn-frontend {shown}, {wanted} is needed)")
+        return None
+    return folders, shown
+
+
 def cudart_directory(home):
     """A directory with libcudart.so; pip's toolkit holds only libcudart.so.<major>."""
     for folder in (home / "lib64", home / "lib"):
@@ -118,6 +142,7 @@ def extension():
     patterns = ["ops.cpp", "autograd/*.cpp", "cpu/**/*.cpp"]
     flags = {"cxx": list(CXX_FLAGS)}
     options = {}
+    graphs = None
     if cuda is not None:
         patterns += ["cuda/*.cpp", "cuda/*.cu"]
         archs = os.environ["TORCH_CUDA_ARCH_LIST"]
@@ -126,10 +151,18 @@ def extension():
             f'-DWUS_CUDA_VERSION="{torch.version.cuda}"',
             f'-DWUS_CUDA_ARCHS="{archs}"',
         ]
+        graphs = cudnn_frontend(cuda)
+        if graphs is not None:
+            folders, version = graphs
+            flags["cxx"].append(f'-DWUS_CUDNN_FRONTEND="{version}"')
+            flags["cxx"] += [part for folder in folders for part in ("-isystem", folder)]
         flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo"]
         options["library_dirs"] = [str(cudart_directory(cuda))]
     csrc = Path("csrc")
-    sources = sorted({str(path) for pattern in patterns for path in csrc.glob(pattern)})
+    sources = {path for pattern in patterns for path in csrc.glob(pattern)}
+    if graphs is None:
+        sources = {path for path in sources if path.name not in CUDNN_SOURCES}
+    sources = sorted(map(str, sources))
     headers = sorted(str(path) for end in ("h", "inl", "cuh") for path in csrc.rglob(f"*.{end}"))
     build = CppExtension if cuda is None else CUDAExtension
     module = build(

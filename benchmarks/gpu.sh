@@ -3,7 +3,8 @@
 # and measures. Needs python3 with torch, pytest and ninja, and nvcc; no network.
 #
 #   benchmarks/gpu.sh                 all parts
-#   benchmarks/gpu.sh build kernels   some of: build test sanitize kernels steps frozen memory
+#   benchmarks/gpu.sh build kernels   some of: build test sanitize kernels epilogues steps frozen
+#                                     memory
 #
 # A part that fails is reported and the others still run; the exit status is the number of failed
 # parts. The report, RESULTS/<device>.md (default: benchmarks/results), is put together from the
@@ -11,7 +12,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-PARTS=(build test sanitize kernels steps frozen memory)
+PARTS=(build test sanitize kernels epilogues steps frozen memory)
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 RESULTS=${RESULTS:-benchmarks/results}
@@ -77,7 +78,8 @@ part_sanitize() {
   fi
   local status=0
   local check=("$PYTHON" -m pytest -q -x -p no:cacheprovider tests/cuda
-    --ignore=tests/cuda/test_streams.py --ignore=tests/cuda/test_chains.py)
+    --ignore=tests/cuda/test_streams.py --ignore=tests/cuda/test_chains.py
+    --ignore=tests/cuda/test_linked.py --ignore=tests/cuda/test_conv_epilogue.py)
   echo "memcheck:"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limit 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "${check[@]}" -k "cuda- and not many_rows and not bfloat16" || status=1
@@ -91,6 +93,24 @@ part_kernels() {
   local options=(--dtypes bfloat16 float32 --batch-size 512 --rounds 15 --calls 10)
   [ "$DEVICE" = cuda ] || options=(--batch-size 2 --rounds 3 --calls 1)
   limit 90 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" "${options[@]}"
+}
+
+# What has never run without the option: whether the libraries have the kernels, whether they are
+# right, and what they are worth in a whole step.
+part_epilogues() {
+  if [ "$DEVICE" != cuda ]; then
+    limit 60 "$PYTHON" benchmarks/gpu_steps.py --device cpu --dtype float32 --models alexnet \
+      --batch-sizes 2 --rounds 3 --calls 1 --epilogues plain
+    return
+  fi
+  local status=0 names=(plain cublaslt)
+  "$PYTHON" -c 'import wus_ext; exit(wus_ext.build_info()["cudnn_frontend"] is None)' &&
+    names+=(cudnn)
+  limit 90 "$PYTHON" benchmarks/epilogues.py || status=1
+  echo
+  limit 90 "$PYTHON" benchmarks/gpu_steps.py --models vgg16 alexnet --batch-sizes 512 \
+    --no-compile --epilogues "${names[@]}" || status=1
+  return "$status"
 }
 
 part_steps() {

@@ -46,6 +46,16 @@ TORCH_LIBRARY(wus, m) {
       "linear_drelu_bgrad(Tensor grad_output, Tensor weight, Tensor aux) -> "
       "(Tensor grad_input, Tensor grad_bias)");
 
+  // Convolutions of stride 1 by cuDNN, on GPUs (see cuda/dgrad_graph.h): grad_input behind the bit
+  // mask of the layer below, grad_bias float32. unpack_mask: int8 [rows, channels], 1 or 0.
+  m.def(
+      "conv_dgrad_relu_exists(Tensor grad_output, Tensor weight, int[2] input_size, "
+      "int[2] padding, int[2] dilation) -> bool");
+  m.def(
+      "conv_dgrad_relu(Tensor grad_output, Tensor weight, Tensor mask, int[2] input_size, "
+      "int[2] padding, int[2] dilation) -> (Tensor grad_input, Tensor grad_bias)");
+  m.def("unpack_mask(Tensor mask, int channels) -> Tensor");
+
   // Batch norm in training mode. act: 0 none, 1 ReLU with a mask, 2 ReLU and 2x2 max-pool with
   // codes, 3 ReLU whose mask backward computes again from the input (see activation.h). Without a
   // scale, batch_norm_apply adds the shift alone: a bias.
@@ -124,6 +134,11 @@ pybind11::dict build_info() {
 #else
   info["cuda"] = pybind11::none();
   info["cuda_archs"] = pybind11::none();
+#endif
+#ifdef WUS_CUDNN_FRONTEND
+  info["cudnn_frontend"] = WUS_CUDNN_FRONTEND;
+#else
+  info["cudnn_frontend"] = pybind11::none();
 #endif
   info["cpu_capability"] = wus::cpu::isa_name();
   return info;

@@ -12,6 +12,7 @@ KERNELS = [
     "relu_mask_",
     "add_relu_mask",
     "apply_mask",
+    "unpack_mask",
     "mask_bias_grad",
     "relu_max_pool",
     "max_pool_bias_grad",
@@ -37,6 +38,14 @@ needs_cuda_build = pytest.mark.skipif(
 @needs_cuda_build
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_is_registered(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"wus::{name}", "CUDA")
+
+
+@pytest.mark.skipif(
+    wus_ext.build_info()["cudnn_frontend"] is None, reason="wus_ext was built without cuDNN graphs"
+)
+@pytest.mark.parametrize("name", ["conv_dgrad_relu", "conv_dgrad_relu_exists"])
+def test_cudnn_graph_is_registered(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"wus::{name}", "CUDA")
 
 

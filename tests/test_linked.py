@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext import linked
+from wus_ext import linked, options
 
 from .test_program import CHAINS, build, images, program, run
 
@@ -195,9 +195,9 @@ def test_no_second_derivative():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("plain", "expected a collection of names out of plain, cublaslt"),
+        ("plain", "expected a collection of names out of plain, cublaslt, cudnn"),
         (3, "expected a collection of names"),
-        (("plain", "lt"), "'lt' is not one of plain, cublaslt"),
+        (("plain", "lt"), "'lt' is not one of plain, cublaslt, cudnn"),
     ],
 )
 def test_epilogues_are_checked(value, message):
@@ -206,7 +206,6 @@ def test_epilogues_are_checked(value, message):
 
 
 def test_an_epilogue_that_is_not_built_is_refused(monkeypatch):
-    from wus_ext import options
 
     monkeypatch.setattr(options, "build_info", lambda: {"cuda": None})
     with pytest.raises(

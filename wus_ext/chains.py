@@ -125,7 +125,7 @@ class ConvChain:
         if isinstance(algorithm, Unfused):
             hold = self.above is not None and self.act == Act.RELU and torch.is_grad_enabled()
             if hold or below is not None:
-                layer = ConvLayer(algorithm, self.act)
+                layer = ConvLayer(algorithm, self.act, "cudnn" in self.options.epilogues)
                 return linked(layer, input, bias, residual, below, hold)
         elif below is not None:
             input = below.settled()

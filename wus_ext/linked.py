@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import conv_epilogue
 from .algorithms import Act, Unfused, masked
 from .autograd import dense, first_order, linear_forward, linear_masked
 from .products import FrozenProduct
@@ -75,10 +76,15 @@ class Layer(Protocol):
 
 @dataclass
 class ConvLayer:
-    """act(conv(input) + bias [+ residual])."""
+    """act(conv(input) + bias [+ residual]).
+
+    Attributes:
+        cudnn: whether cuDNN's kernel for all of dgrad_relu may be used.
+    """
 
     algorithm: Unfused
     act: Act
+    cudnn: bool = False
     opaque: bool = False
 
     def forward(
@@ -100,7 +106,14 @@ class ConvLayer:
     def dgrad_relu(
         self, grad: Tensor, mask: Tensor, need_input: bool
     ) -> tuple[Tensor | None, Tensor]:
-        return _two_passes(self.algorithm, dense(grad), mask, need_input)
+        grad, algorithm = dense(grad), self.algorithm
+
+        def two_passes() -> tuple[Tensor | None, Tensor]:
+            return _two_passes(algorithm, grad, mask, need_input)
+
+        if not (self.cudnn and need_input and conv_epilogue.suits(algorithm, grad)):
+            return two_passes()
+        return conv_epilogue.dgrad_relu(algorithm, grad, mask, two_passes)
 
 
 @dataclass

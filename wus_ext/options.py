@@ -10,7 +10,7 @@ from ._build import build_info
 NORMS = ("batch", "frozen")
 ALGORITHMS = ("auto", "direct", "f2", "f4")
 #: Each with the entry of build_info() that says whether this build has it.
-EPILOGUES = {"plain": None, "cublaslt": "cuda"}
+EPILOGUES = {"plain": None, "cublaslt": "cuda", "cudnn": "cudnn_frontend"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class SkipOptions:
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below and sum it
             for that layer's bias, where one layer feeds another. ``"cublaslt"``: linear layers on a
             GPU, where cuBLASLt has such products; it gives bias gradients in the type of the
-            products, and its ReLU need not pass NaN on. ``"plain"``: the same order of work with
+            products, and its ReLU need not pass NaN on. ``"cudnn"``: convolutions of stride 1 on a
+            GPU, with channels in eights; each shape is tried in its first backward pass and taken
+            where it is right and faster. ``"plain"``: the same order of work with
             the kernels that are used anyway, results bit for bit the same. Default: none. Not yet
             run on a GPU.
 

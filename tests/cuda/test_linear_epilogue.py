@@ -61,6 +61,16 @@ def test_both_passes(gpu, shape, dtype):
     assert torch.equal(again[1], grad_bias)
 
 
+def test_infinity_stops_at_a_closed_relu(gpu, dtype):
+    """Selected, not multiplied: zero times infinity would be NaN."""
+    x, weight, bias, weight_above, g = layer(gpu, SHAPES[1], dtype)
+    need(gpu, x, *SHAPES[1][2:])
+    output, aux = gpu.ops.linear_relu_aux(x, weight, bias)
+    infinite = torch.full_like(g, float("inf"))
+    grad_input, _ = gpu.ops.linear_drelu_bgrad(infinite, weight_above.abs() + 0.1, aux)
+    assert torch.equal(grad_input, torch.where(output > 0, float("inf"), 0.0).to(dtype))
+
+
 def test_operands_that_are_not_aligned_or_dense(gpu, dtype):
     x, weight, bias, weight_above, g = layer(gpu, SHAPES[0], dtype)
     need(gpu, x, *SHAPES[0][2:])

@@ -1,0 +1,94 @@
+"""When a new kernel replaces the trusted way: only where it exists, is right and is faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wus_ext import tuning
+
+
+class Ways:
+    """A candidate and a trusted way that take the times given and count their calls."""
+
+    def __init__(self, ours=1.0, theirs=2.0, exists=True, result=None, trusted=None):
+        self.calls, self.asked, self._exists = [], 0, exists
+        self.trusted_result = torch.ones(8) if trusted is None else trusted
+        self.result = self.trusted_result if result is None else result
+        times = {"candidate": ours, "trusted": theirs}
+        self.choices = tuning.Choices(lambda way: times[way.__name__])
+
+    def exists(self):
+        self.asked += 1
+        return self._exists
+
+    def candidate(self):
+        self.calls.append("candidate")
+        if isinstance(self.result, Exception):
+            raise self.result
+        return (self.result,)
+
+    def trusted(self):
+        self.calls.append("trusted")
+        return (self.trusted_result,)
+
+    def prefer(self, key="shape"):
+        return self.choices.prefer(key, self.exists, self.candidate, self.trusted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "preferred"),
+    [
+        ({}, True),
+        ({"ours": 3.0}, False),
+        ({"ours": 2.0}, False),
+        ({"exists": False}, False),
+        ({"result": torch.full((8,), 1.001)}, False),
+        ({"result": torch.full((8,), 1 + 1e-6)}, True),
+        ({"result": torch.full((8,), float("nan"))}, False),
+        ({"result": RuntimeError("no kernel image")}, False),
+    ],
+    ids=["faster", "slower", "as_fast", "missing", "wrong", "rounded", "nan", "fails"],
+)
+def test_preferred(settings, preferred):
+    ways = Ways(**settings)
+    assert ways.prefer() is preferred
+    calls = list(ways.calls)
+    assert ways.prefer() is preferred
+    assert ways.calls == calls, "found out once"
+    assert ways.asked == 1
+    if not ways._exists:
+        assert not calls
+
+
+def test_each_problem_is_tried():
+    ways = Ways()
+    assert ways.prefer("one")
+    ways._exists = False
+    assert not ways.prefer("another")
+    assert ways.prefer("one")
+
+
+def test_low_precision_may_differ_by_its_rounding():
+    ones = torch.ones(8, dtype=torch.bfloat16)
+    assert Ways(trusted=ones, result=ones * 1.02).prefer()
+    assert not Ways(trusted=ones, result=ones * 1.2).prefer()
+
+
+def test_what_is_not_finite_is_tried_again():
+    ways = Ways(trusted=torch.full((8,), float("inf")))
+    assert not ways.prefer()
+    ways.trusted_result = ways.result = torch.ones(8)
+    assert ways.prefer()
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+    ways = Ways()
+    monkeypatch.setattr(tuning, "capturing", lambda: True)
+    assert not ways.prefer()
+    assert not ways.asked
+    assert not ways.calls
+    monkeypatch.setattr(tuning, "capturing", lambda: False)
+    assert ways.prefer()
+    monkeypatch.setattr(tuning, "capturing", lambda: True)
+    assert ways.prefer(), "what is known is used"
