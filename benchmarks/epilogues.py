@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from common import machine, spread, table
@@ -54,12 +55,28 @@ def conv(channels: int, size: int, batch: int, dtype: torch.dtype) -> Iterator[C
     numbers = ((size, size), (1, 1), (1, 1))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1, (size, size), (size, size))
     direct = Direct(geometry, weight)
+    two_passes = partial(two, direct, grad, mask)
+
+    def sum_apart() -> tuple:
+        grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False)
+        return grad_input, ops.mask_bias_grad(grad_input, None, False)[1]
+
     yield Case(
-        f"cuDNN {channels}@{size}",
-        lambda: ops.conv_dgrad_relu_exists(grad, weight, *numbers),
-        lambda: ops.mask_bias_grad(direct.dgrad(grad), mask),
-        lambda: ops.conv_dgrad_relu(grad, weight, mask, *numbers),
+        f"cuDNN {channels}@{size}, all in one",
+        lambda: ops.conv_dgrad_relu_exists(grad, weight, *numbers, True),
+        two_passes,
+        lambda: ops.conv_dgrad_relu(grad, weight, mask, *numbers, True),
     )
+    yield Case(
+        f"cuDNN {channels}@{size}, sum apart",
+        lambda: ops.conv_dgrad_relu_exists(grad, weight, *numbers, False),
+        two_passes,
+        sum_apart,
+    )
+
+
+def two(layer: Direct | FrozenProduct, grad: torch.Tensor, mask: torch.Tensor) -> tuple:
+    return ops.mask_bias_grad(layer.dgrad(grad), mask)
 
 
 def linear(features: tuple[int, int, int], batch: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -89,7 +106,7 @@ def linear(features: tuple[int, int, int], batch: int, dtype: torch.dtype) -> It
     yield Case(
         f"cuBLASLt backward {name}",
         exists,
-        lambda: ops.mask_bias_grad(top.dgrad(grad), mask),
+        partial(two, top, grad, mask),
         lambda: ops.linear_drelu_bgrad(grad, top.weight, aux),
     )
 

@@ -47,13 +47,14 @@ TORCH_LIBRARY(wus, m) {
       "(Tensor grad_input, Tensor grad_bias)");
 
   // Convolutions of stride 1 by cuDNN, on GPUs (see cuda/dgrad_graph.h): grad_input behind the bit
-  // mask of the layer below, grad_bias float32. unpack_mask: int8 [rows, channels], 1 or 0.
+  // mask of the layer below, grad_bias float32, or [0] without sum. unpack_mask: int8
+  // [rows, channels], 1 or 0.
   m.def(
       "conv_dgrad_relu_exists(Tensor grad_output, Tensor weight, int[2] input_size, "
-      "int[2] padding, int[2] dilation) -> bool");
+      "int[2] padding, int[2] dilation, bool sum=True) -> bool");
   m.def(
       "conv_dgrad_relu(Tensor grad_output, Tensor weight, Tensor mask, int[2] input_size, "
-      "int[2] padding, int[2] dilation) -> (Tensor grad_input, Tensor grad_bias)");
+      "int[2] padding, int[2] dilation, bool sum=True) -> (Tensor grad_input, Tensor grad_bias)");
   m.def("unpack_mask(Tensor mask, int channels) -> Tensor");
 
   // Batch norm in training mode. act: 0 none, 1 ReLU with a mask, 2 ReLU and 2x2 max-pool with

@@ -33,7 +33,8 @@ class Ways:
         return (self.trusted_result,)
 
     def prefer(self, key="shape"):
-        return self.choices.prefer(key, self.exists, self.candidate, self.trusted)
+        candidate = tuning.Candidate(self.exists, self.candidate)
+        return self.choices.best(key, self.trusted, [candidate]) == 0
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,29 @@ def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
     assert ways.prefer()
     monkeypatch.setattr(tuning, "capturing", lambda: True)
     assert ways.prefer(), "what is known is used"
+
+
+@pytest.mark.parametrize(
+    ("times", "missing", "wrong", "best"),
+    [
+        ((1.0, 2.0), None, None, 0),
+        ((2.0, 1.0), None, None, 1),
+        ((1.0, 2.0), 0, None, 1),
+        ((1.0, 2.0), None, 0, 1),
+        ((4.0, 5.0), None, None, None),
+    ],
+)
+def test_the_best_of_two(times, missing, wrong, best):
+    right = (torch.ones(8),)
+
+    def way(i):
+        return lambda: (torch.zeros(8),) if i == wrong else right
+
+    ways = [way(0), way(1)]
+
+    def trusted():
+        return right
+
+    seconds = dict(zip([*ways, trusted], [*times, 3.0], strict=True))
+    candidates = [tuning.Candidate(lambda i=i: i != missing, run) for i, run in enumerate(ways)]
+    assert tuning.Choices(seconds.__getitem__).best("shape", trusted, candidates) == best

@@ -1,15 +1,18 @@
-"""cuDNN's one kernel for data gradient, mask and bias gradient, where it beats two passes."""
+"""cuDNN's kernels for data gradient and mask, with or without the bias gradient, where they beat
+two passes."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .algorithms import Direct, Unfused
 from .support import on_gpu
-from .tuning import Choices, Way
+from .tuning import Candidate, Choices, Way
 
-ops = torch.ops.wus
+ops = sums = torch.ops.wus  # apart for tests: cuDNN's part cannot be emulated
 choices = Choices()
 
 
@@ -37,7 +40,7 @@ def dgrad_relu(
 ) -> tuple[Tensor, ...]:
     """The gradient of the input behind the mask, and its sum over all but the channels.
 
-    The first call for a shape compares both ways and times them; later ones take the better.
+    The first call for a shape compares the ways there are and times them; later ones take the best.
     """
     geometry, weight = algorithm.geometry, algorithm.weight
     numbers = (geometry.input_size, geometry.padding, geometry.dilation)
@@ -45,9 +48,16 @@ def dgrad_relu(
     key = (grad.device, grad.dtype, tf32, tuple(grad.shape), tuple(weight.shape), *numbers)
 
     def one_kernel() -> tuple[Tensor, ...]:
-        return ops.conv_dgrad_relu(grad, weight, mask, *numbers)
+        return ops.conv_dgrad_relu(grad, weight, mask, *numbers, True)
 
-    def exists() -> bool:
-        return ops.conv_dgrad_relu_exists(grad, weight, *numbers)
+    def sum_apart() -> tuple[Tensor, ...]:
+        grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False)
+        return grad_input, sums.mask_bias_grad(grad_input, None, False)[1]
 
-    return (one_kernel if choices.prefer(key, exists, one_kernel, two_passes) else two_passes)()
+    def exists(sum: bool) -> bool:
+        return ops.conv_dgrad_relu_exists(grad, weight, *numbers, sum)
+
+    ways = (one_kernel, sum_apart)
+    candidates = [Candidate(partial(exists, way is one_kernel), way) for way in ways]
+    chosen = choices.best(key, two_passes, candidates)
+    return two_passes() if chosen is None else ways[chosen]()

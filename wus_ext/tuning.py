@@ -1,11 +1,12 @@
-"""Which of two ways to the same result is taken on a GPU: the faster one, if it is right."""
+"""Which of several ways to a result is taken on a GPU: the fastest one that is right."""
 
 from __future__ import annotations
 
 import logging
 import statistics
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,8 +16,16 @@ logger = logging.getLogger("wus_ext")
 Way = Callable[[], tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A way to a result that this machine may not have."""
+
+    exists: Callable[[], bool]
+    run: Way
+
+
 class Choices:
-    """Whether a candidate replaces the trusted way to a result; found out once a problem.
+    """Which candidate replaces the trusted way to a result; found out once a problem.
 
     Args:
         seconds: times one call; for tests.
@@ -24,49 +33,48 @@ class Choices:
 
     def __init__(self, seconds: Callable[[Way], float] | None = None) -> None:
         self._seconds = seconds or gpu_seconds
-        self._chosen: dict[Hashable, bool] = {}
+        self._chosen: dict[Hashable, int | None] = {}
         self._lock = threading.Lock()
 
-    def prefer(
-        self, key: Hashable, exists: Callable[[], bool], candidate: Way, trusted: Way
-    ) -> bool:
-        """Whether the candidate exists, agrees with the trusted way and is faster.
+    def best(self, key: Hashable, trusted: Way, candidates: Sequence[Candidate]) -> int | None:
+        """Index of the fastest candidate that exists and agrees with the trusted way, if it is
+        faster than that.
 
         While a CUDA graph is captured nothing is tried: what is not known yet takes the trusted
         way. Where the trusted result is not finite nothing can be compared, and it is tried again
         at the next call.
         """
-        if key not in self._chosen:
-            if capturing():
-                return False
+        if key not in self._chosen and not capturing():
             with self._lock:
                 if key not in self._chosen:
-                    chosen = self._try(key, exists, candidate, trusted)
-                    if chosen is None:
-                        return False
-                    self._chosen[key] = chosen
-        return self._chosen[key]
+                    self._try(key, trusted, candidates)
+        return self._chosen.get(key)
 
-    def _try(
-        self, key: Hashable, exists: Callable[[], bool], candidate: Way, trusted: Way
-    ) -> bool | None:
-        if not exists():
+    def _try(self, key: Hashable, trusted: Way, candidates: Sequence[Candidate]) -> None:
+        ways = {i: c.run for i, c in enumerate(candidates) if c.exists()}
+        if not ways:
             logger.info("%s: no such kernel", key)
-            return False
+            self._chosen[key] = None
+            return
         expected = trusted()
         if not all(bool(tensor.isfinite().all()) for tensor in expected):
-            return None
+            return
+        right = {i: way for i, way in ways.items() if self._is_right(key, way, expected)}
+        times = {None: self._seconds(trusted), **{i: self._seconds(w) for i, w in right.items()}}
+        logger.info("%s: %s", key, {i: f"{seconds * 1e6:.1f} µs" for i, seconds in times.items()})
+        self._chosen[key] = min(times, key=times.__getitem__)
+
+    @staticmethod
+    def _is_right(key: Hashable, way: Way, expected: tuple[Tensor, ...]) -> bool:
         try:
-            actual = candidate()
+            actual = way()
         except RuntimeError as error:
-            logger.warning("%s: not used, it failed: %s", key, error)
+            logger.warning("%s: a kernel is not used, it failed: %s", key, error)
             return False
         if not agree(actual, expected):
-            logger.warning("%s: not used, its result is wrong", key)
+            logger.warning("%s: a kernel is not used, its result is wrong", key)
             return False
-        ours, theirs = self._seconds(candidate), self._seconds(trusted)
-        logger.info("%s: %.1f µs, two passes %.1f µs", key, ours * 1e6, theirs * 1e6)
-        return ours < theirs
+        return True
 
 
 def agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:

@@ -19,7 +19,7 @@ constexpr int kAlignment = 16;  // bytes, of every operand
 
 DgradProblem problem_of(const at::Tensor& grad_output, const at::Tensor& weight,
                         at::IntArrayRef input_size, at::IntArrayRef padding,
-                        at::IntArrayRef dilation) {
+                        at::IntArrayRef dilation, bool sum) {
   const auto type = grad_output.scalar_type();
   const auto kind = type == at::kHalf       ? DgradProblem::Type::kHalf
                     : type == at::kBFloat16 ? DgradProblem::Type::kBFloat16
@@ -28,6 +28,7 @@ DgradProblem problem_of(const at::Tensor& grad_output, const at::Tensor& weight,
   return {grad_output.get_device(),
           kind,
           tf32,
+          sum,
           grad_output.size(0),
           weight.size(1),
           input_size[0],
@@ -70,11 +71,11 @@ bool may_build() {
 
 bool conv_dgrad_relu_exists(const at::Tensor& grad_output, const at::Tensor& weight,
                             at::IntArrayRef input_size, at::IntArrayRef padding,
-                            at::IntArrayRef dilation) {
+                            at::IntArrayRef dilation, bool sum) {
   check(grad_output, weight, input_size, padding, dilation);
   if (grad_output.numel() == 0) return false;
   const c10::cuda::CUDAGuard guard(grad_output.device());
-  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation);
+  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation, sum);
   return dgrad_graph(at::native::getCudnnHandle(), problem, may_build()) != nullptr;
 }
 
@@ -82,7 +83,7 @@ std::tuple<at::Tensor, at::Tensor> conv_dgrad_relu(const at::Tensor& grad_output
                                                    const at::Tensor& weight, const at::Tensor& mask,
                                                    at::IntArrayRef input_size,
                                                    at::IntArrayRef padding,
-                                                   at::IntArrayRef dilation) {
+                                                   at::IntArrayRef dilation, bool sum) {
   check(grad_output, weight, input_size, padding, dilation);
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const int64_t channels = weight.size(1);
@@ -91,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor> conv_dgrad_relu(const at::Tensor& grad_output
                 grad_output.options().memory_format(at::MemoryFormat::ChannelsLast));
   check_mask(mask, grad_input);
   const auto handle = at::native::getCudnnHandle();
-  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation);
+  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation, sum);
   const auto graph = dgrad_graph(handle, problem, may_build());
   TORCH_CHECK(graph,
               "cuDNN has no engine for this data gradient, or it is not built yet while a "
@@ -101,12 +102,12 @@ std::tuple<at::Tensor, at::Tensor> conv_dgrad_relu(const at::Tensor& grad_output
   const at::Tensor passes = at::empty({rows.rows, channels}, bytes.dtype(at::kChar));
   unpack_mask(mask.const_data_ptr<uint8_t>(), passes.data_ptr<int8_t>(), rows.rows, channels,
               c10::cuda::getCurrentCUDAStream());
-  at::Tensor grad_bias = at::zeros({channels}, grad_output.options().dtype(at::kFloat));
+  at::Tensor grad_bias = at::zeros({sum ? channels : 0}, grad_output.options().dtype(at::kFloat));
   const at::Tensor workspace = at::empty({static_cast<int64_t>(graph->workspace())}, bytes);
   const at::Tensor grad = aligned(grad_output), kernel = aligned(weight);
   graph->run(handle,
              {grad.const_data_ptr(), kernel.const_data_ptr(), passes.const_data_ptr(),
-              grad_input.mutable_data_ptr(), grad_bias.data_ptr<float>()},
+              grad_input.mutable_data_ptr(), sum ? grad_bias.data_ptr<float>() : nullptr},
              workspace.mutable_data_ptr());
   return {grad_input, grad_bias};
 }

@@ -89,10 +89,11 @@ class Graph : public DgradGraph {
         .set_data_type(type)
         .set_dim(made.get_dim())
         .set_stride(made.get_stride());
-    graph_
-        .reduction(grad_input, fe::graph::Reduction_attributes()
-                                   .set_mode(fe::ReductionMode_t::ADD)
-                                   .set_is_deterministic(true))
+    if (!p.sum) return;
+    const auto options = fe::graph::Reduction_attributes()
+                             .set_mode(fe::ReductionMode_t::ADD)
+                             .set_is_deterministic(true);
+    graph_.reduction(grad_input, options)
         ->set_output(true)
         .set_uid(kGradBias)
         .set_data_type(fe::DataType_t::FLOAT)
@@ -125,8 +126,8 @@ class Graph : public DgradGraph {
     std::unordered_map<int64_t, void*> operands{{kGradOutput, const_cast<void*>(o.grad_output)},
                                                 {kWeight, const_cast<void*>(o.weight)},
                                                 {kMask, const_cast<void*>(o.mask)},
-                                                {kGradInput, o.grad_input},
-                                                {kGradBias, o.grad_bias}};
+                                                {kGradInput, o.grad_input}};
+    if (o.grad_bias) operands[kGradBias] = o.grad_bias;
     const std::lock_guard lock(mutex_);  // a plan serves one thread at a time
     auto status = graph_.execute(handle, operands, workspace);
     TORCH_CHECK(status.is_good(), "cuDNN's graph of data gradient, mask and bias gradient failed: ",
@@ -154,9 +155,9 @@ std::shared_ptr<DgradGraph> built(cudnnHandle_t handle, const DgradProblem& prob
 
 bool DgradProblem::operator<(const DgradProblem& other) const {
   const auto key = [](const DgradProblem& p) {
-    return std::tuple(p.device, p.type, p.tf32, p.images, p.in_channels, p.in_height, p.in_width,
-                      p.out_channels, p.out_height, p.out_width, p.kernel[0], p.kernel[1],
-                      p.padding[0], p.padding[1], p.dilation[0], p.dilation[1]);
+    return std::tuple(p.device, p.type, p.tf32, p.sum, p.images, p.in_channels, p.in_height,
+                      p.in_width, p.out_channels, p.out_height, p.out_width, p.kernel[0],
+                      p.kernel[1], p.padding[0], p.padding[1], p.dilation[0], p.dilation[1]);
   };
   return key(*this) < key(other);
 }

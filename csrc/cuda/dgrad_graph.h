@@ -1,5 +1,7 @@
-// One kernel of cuDNN for a convolution's data gradient, the mask of the ReLU below it and the sum
-// for that layer's bias, where cuDNN has an engine that does all three.
+// One kernel of cuDNN for a convolution's data gradient, the mask of the ReLU below it and, if
+// asked for, the sum for that layer's bias, where cuDNN has an engine that does it. For sm_90
+// cuDNN 9.26 plans other engines with a sum in a fixed order than without one: either may be the
+// faster.
 #pragma once
 
 #include <cudnn.h>
@@ -16,6 +18,7 @@ struct DgradProblem {
   int device;
   Type type;  // of gradients and weight; sums are in float
   bool tf32;
+  bool sum;  // whether the kernel sums for the bias, too
   int64_t images, in_channels, in_height, in_width, out_channels, out_height, out_width;
   int64_t kernel[2], padding[2], dilation[2];
 
@@ -27,7 +30,7 @@ struct DgradOperands {
   const void* weight;
   const void* mask;  // int8, 1 where the gradient passes and 0 elsewhere
   void* grad_input;
-  float* grad_bias;  // zeros; receives the sums
+  float* grad_bias;  // zeros, which receive the sums; null without
 };
 
 class DgradGraph {

@@ -1,4 +1,4 @@
-"""cuDNN's kernel for data gradient, mask and bias gradient against two passes: on a real GPU, and
+"""cuDNN's kernels for data gradient, mask and bias gradient against two passes: on a real GPU, and
 everything around it with a stand-in for the kernel where there is none."""
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class StandIn:
     def __init__(self):
         self.asked, self.calls, self.has = [], 0, True
 
-    def conv_dgrad_relu_exists(self, grad, weight, input_size, padding, dilation):
-        self.asked.append(tuple(grad.shape))
+    def conv_dgrad_relu_exists(self, grad, weight, input_size, padding, dilation, sum):
+        self.asked.append((*grad.shape, sum))
         return self.has
 
-    def conv_dgrad_relu(self, grad, weight, mask, input_size, padding, dilation):
+    def conv_dgrad_relu(self, grad, weight, mask, input_size, padding, dilation, sum):
         self.calls += 1
         numbers = ([1, 1], padding, dilation, True, [0, 0], 1)
         dgrad = torch.ops.aten.convolution(grad, weight, None, *numbers)
         assert tuple(dgrad.shape[2:]) == tuple(input_size)
         keep = unpacked(mask, dgrad.size(1)).view(dense(dgrad).permute(0, 2, 3, 1).shape)
         dgrad = dense(torch.where(keep.permute(0, 3, 1, 2) > 0, dgrad, 0))
-        return dgrad, dgrad.float().sum((0, 2, 3))
+        return dgrad, dgrad.float().sum((0, 2, 3)) if sum else dgrad.new_empty(0)
 
 
 class Counted:
@@ -44,7 +44,7 @@ class Counted:
         self.asked, self.calls = [], 0
 
     def conv_dgrad_relu_exists(self, grad, *rest):
-        self.asked.append(tuple(grad.shape))
+        self.asked.append((*grad.shape, rest[-1]))
         return torch.ops.wus.conv_dgrad_relu_exists(grad, *rest)
 
     def conv_dgrad_relu(self, *arguments):
@@ -57,13 +57,14 @@ def unpacked(mask, channels):
     return bits.flatten(1)[:, :channels]
 
 
-@pytest.fixture
-def cudnn(gpu, monkeypatch):
+@pytest.fixture(params=["one_kernel", "sum_apart"])
+def cudnn(gpu, monkeypatch, request):
     if gpu.device == "cpu":
         operators = StandIn()
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
         for module in (algorithms, autograd, linked):
             monkeypatch.setattr(module, "ops", gpu.ops)
+        monkeypatch.setattr(conv_epilogue, "sums", gpu.ops)
         for module in (algorithms, conv_epilogue):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
         monkeypatch.setattr(options, "build_info", lambda: {"cudnn_frontend": "stand-in"})
@@ -72,7 +73,7 @@ def cudnn(gpu, monkeypatch):
     else:
         operators = Counted()
     monkeypatch.setattr(conv_epilogue, "ops", operators)
-    always = tuning.Choices(lambda way: 1.0 if way.__name__ == "one_kernel" else 2.0)
+    always = tuning.Choices(lambda way: 1.0 if way.__name__ == request.param else 2.0)
     monkeypatch.setattr(conv_epilogue, "choices", always)
     operators.device = gpu.device
     return operators
@@ -132,7 +133,7 @@ def test_unpack_mask(gpu, channels):
 def test_three_layers(cudnn, dtype):
     compare(twins(network(8, 16, 24, 8), cudnn, dtype), cudnn, dtype)
     need(cudnn)
-    assert len(cudnn.asked) == 2
+    assert len(cudnn.asked) == 4  # two layers, with and without the sum
     assert cudnn.calls >= 2
 
 
@@ -165,9 +166,9 @@ def test_each_shape_is_tried_once(cudnn):
     models = twins(network(8, 16, 8), cudnn, torch.bfloat16)
     compare(models, cudnn, torch.bfloat16)
     compare(models, cudnn, torch.bfloat16)
-    assert cudnn.asked == [(3, 8, 9, 7)]
+    assert cudnn.asked == [(3, 8, 9, 7, True), (3, 8, 9, 7, False)]
     compare(models, cudnn, torch.bfloat16, size=(3, 8, 5, 5))
-    assert cudnn.asked == [(3, 8, 9, 7), (3, 8, 5, 5)]
+    assert cudnn.asked[2:] == [(3, 8, 5, 5, True), (3, 8, 5, 5, False)]
 
 
 def test_without_a_kernel_two_passes_are_made(cudnn):
