@@ -58,18 +58,18 @@ def conv(channels: int, size: int, batch: int, dtype: torch.dtype) -> Iterator[C
     two_passes = partial(two, direct, grad, mask)
 
     def sum_apart() -> tuple:
-        grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False)
+        grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False, True)
         return grad_input, ops.mask_bias_grad(grad_input, None, False)[1]
 
     yield Case(
         f"cuDNN {channels}@{size}, all in one",
-        lambda: ops.conv_dgrad_relu_exists(grad, weight, *numbers, True),
+        lambda: ops.conv_dgrad_relu_exists(grad, weight, *numbers, True, True),
         two_passes,
-        lambda: ops.conv_dgrad_relu(grad, weight, mask, *numbers, True),
+        lambda: ops.conv_dgrad_relu(grad, weight, mask, *numbers, True, True),
     )
     yield Case(
         f"cuDNN {channels}@{size}, sum apart",
-        lambda: ops.conv_dgrad_relu_exists(grad, weight, *numbers, False),
+        lambda: ops.conv_dgrad_relu_exists(grad, weight, *numbers, False, True),
         two_passes,
         sum_apart,
     )
@@ -89,25 +89,25 @@ def linear(features: tuple[int, int, int], batch: int, dtype: torch.dtype) -> It
     top = FrozenProduct(new(above, outputs) / above**0.5, ())
 
     def exists() -> bool:
-        return ops.linear_epilogues_exist(x, outputs, above)
+        return ops.linear_epilogues_exist(x, outputs, above, True)
 
     name = f"{inputs}-{outputs}-{above}"
     yield Case(
         f"cuBLASLt forward {name}",
         exists,
         lambda: ops.relu_mask_(below.forward(x, bias))[:1],
-        lambda: ops.linear_relu_aux(x, below.weight, bias)[:1],
+        lambda: ops.linear_relu_aux(x, below.weight, bias, True)[:1],
     )
     if not exists():
         return
     # Both masks of the same ReLU: rounding next to zero must not decide between them.
-    output, aux = ops.linear_relu_aux(x, below.weight, bias)
+    output, aux = ops.linear_relu_aux(x, below.weight, bias, True)
     _, mask = ops.relu_mask(output)
     yield Case(
         f"cuBLASLt backward {name}",
         exists,
         partial(two, top, grad, mask),
-        lambda: ops.linear_drelu_bgrad(grad, top.weight, aux),
+        lambda: ops.linear_drelu_bgrad(grad, top.weight, aux, True),
     )
 
 

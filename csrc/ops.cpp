@@ -39,11 +39,15 @@ TORCH_LIBRARY(wus, m) {
   // Linear layers with ReLU by cuBLASLt's epilogues, on GPUs (see cuda/lt_matmul.h). aux: one bit
   // an element of output, uint8 [N, 16 * ceil(out_features / 128)], for linear_drelu_bgrad of the
   // layer above only; bits are in cuBLASLt's order. grad_bias is that of the layer below, in its
-  // type.
-  m.def("linear_epilogues_exist(Tensor input, int out_features, int next_features) -> bool");
-  m.def("linear_relu_aux(Tensor input, Tensor weight, Tensor bias) -> (Tensor output, Tensor aux)");
+  // type. tf32: whether float32 may be rounded to TF32 in products; what exists depends on it.
   m.def(
-      "linear_drelu_bgrad(Tensor grad_output, Tensor weight, Tensor aux) -> "
+      "linear_epilogues_exist(Tensor input, int out_features, int next_features, bool tf32) -> "
+      "bool");
+  m.def(
+      "linear_relu_aux(Tensor input, Tensor weight, Tensor bias, bool tf32) -> "
+      "(Tensor output, Tensor aux)");
+  m.def(
+      "linear_drelu_bgrad(Tensor grad_output, Tensor weight, Tensor aux, bool tf32) -> "
       "(Tensor grad_input, Tensor grad_bias)");
 
   // Convolutions of stride 1 by cuDNN, on GPUs (see cuda/dgrad_graph.h): grad_input behind the bit
@@ -51,10 +55,11 @@ TORCH_LIBRARY(wus, m) {
   // [rows, channels], 1 or 0.
   m.def(
       "conv_dgrad_relu_exists(Tensor grad_output, Tensor weight, int[2] input_size, "
-      "int[2] padding, int[2] dilation, bool sum=True) -> bool");
+      "int[2] padding, int[2] dilation, bool sum, bool tf32) -> bool");
   m.def(
       "conv_dgrad_relu(Tensor grad_output, Tensor weight, Tensor mask, int[2] input_size, "
-      "int[2] padding, int[2] dilation, bool sum=True) -> (Tensor grad_input, Tensor grad_bias)");
+      "int[2] padding, int[2] dilation, bool sum, bool tf32) -> "
+      "(Tensor grad_input, Tensor grad_bias)");
   m.def("unpack_mask(Tensor mask, int channels) -> Tensor");
 
   // Batch norm in training mode. act: 0 none, 1 ReLU with a mask, 2 ReLU and 2x2 max-pool with

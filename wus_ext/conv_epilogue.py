@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import Direct, Unfused
-from .support import on_gpu
+from .support import on_gpu, tf32_convolutions
 from .tuning import Candidate, Choices, Way
 
 ops = sums = torch.ops.wus  # apart for tests: cuDNN's part cannot be emulated
@@ -21,7 +21,7 @@ def suits(algorithm: Unfused, grad: Tensor) -> bool:
 
     Where results must be the same in every run no choice may depend on times.
     """
-    if not (isinstance(algorithm, Direct) and on_gpu(grad)):
+    if not (isinstance(algorithm, Direct) and on_gpu(grad) and torch.backends.cudnn.enabled):
         return False
     if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
         return False
@@ -44,18 +44,18 @@ def dgrad_relu(
     """
     geometry, weight = algorithm.geometry, algorithm.weight
     numbers = (geometry.input_size, geometry.padding, geometry.dilation)
-    tf32 = grad.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    tf32 = grad.dtype == torch.float32 and tf32_convolutions()
     key = (grad.device, grad.dtype, tf32, tuple(grad.shape), tuple(weight.shape), *numbers)
 
     def one_kernel() -> tuple[Tensor, ...]:
-        return ops.conv_dgrad_relu(grad, weight, mask, *numbers, True)
+        return ops.conv_dgrad_relu(grad, weight, mask, *numbers, True, tf32)
 
     def sum_apart() -> tuple[Tensor, ...]:
-        grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False)
+        grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False, tf32)
         return grad_input, sums.mask_bias_grad(grad_input, None, False)[1]
 
     def exists(sum: bool) -> bool:
-        return ops.conv_dgrad_relu_exists(grad, weight, *numbers, sum)
+        return ops.conv_dgrad_relu_exists(grad, weight, *numbers, sum, tf32)
 
     ways = (one_kernel, sum_apart)
     candidates = [Candidate(partial(exists, way is one_kernel), way) for way in ways]

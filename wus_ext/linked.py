@@ -8,7 +8,7 @@ the pass that they are in an unlinked chain, with the same results bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from . import conv_epilogue
 from .algorithms import Act, Unfused, masked
 from .autograd import dense, first_order, linear_forward, linear_masked
 from .products import FrozenProduct
-from .support import on_gpu
+from .support import on_gpu, tf32_products
 
 ops = torch.ops.wus
 
@@ -123,6 +123,8 @@ class LinearLayer:
     Attributes:
         opaque: forward is cuBLASLt's, bias, ReLU and mask included.
         below_opaque: the mask of the layer below is cuBLASLt's.
+        tf32: whether cuBLASLt may use TF32, as the forward pass found it: backward must not meet a
+            setting for which there is no product.
     """
 
     product: FrozenProduct
@@ -130,13 +132,15 @@ class LinearLayer:
     p: float
     opaque: bool
     below_opaque: bool
+    tf32: bool = field(default_factory=tf32_products)
 
     def forward(
         self, input: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if not self.opaque:
             return linear_forward(self.product, input, bias, self.relu, self.p)
-        return ops.linear_relu_aux(input, self.product.weight, bias.to(input.dtype))
+        weight = self.product.weight
+        return ops.linear_relu_aux(input, weight, bias.to(input.dtype), self.tf32)
 
     def masked(
         self, grad: Tensor, mask: Tensor | None, need_grad: bool, need_bias: bool
@@ -151,12 +155,14 @@ class LinearLayer:
     ) -> tuple[Tensor | None, Tensor]:
         if not self.below_opaque:
             return _two_passes(self.product, grad, mask, need_input)
-        return ops.linear_drelu_bgrad(grad, self.product.weight, mask)
+        return ops.linear_drelu_bgrad(grad, self.product.weight, mask, self.tf32)
 
 
 def suits_cublaslt(input: Tensor, features: int, features_above: int) -> bool:
     """Whether cuBLASLt has the products of a layer and of the one above it on [N, *] `input`."""
-    return on_gpu(input) and ops.linear_epilogues_exist(input, features, features_above)
+    if not on_gpu(input):
+        return False
+    return ops.linear_epilogues_exist(input, features, features_above, tf32_products())
 
 
 def _two_passes(
@@ -182,26 +188,27 @@ def linked(
     """
     own_bias = bias.detach() if hold and bias is not None else bias
     mask, bias_below = (None, None) if below is None else (below.mask, below.bias)
-    output, own_mask = _Linked.apply(input, own_bias, residual, mask, bias_below, layer, hold)
-    return Held(output, own_mask, bias, layer.opaque) if hold else output
+    held: list[Tensor] | None = [] if hold else None
+    output = _Linked.apply(input, own_bias, residual, mask, bias_below, layer, held)
+    return Held(output, *held, bias, layer.opaque) if hold else output
 
 
 class _Linked(torch.autograd.Function):
-    """A layer; saves its mask, unless it is held, and that of the layer below."""
+    """A layer; saves the mask of the layer below, and its own, which goes to `held` instead if
+    that is a list: for a second output backward would make a gradient of zeros."""
 
     @staticmethod
-    def forward(ctx, input, bias, residual, mask_below, bias_below, layer, hold):
+    def forward(ctx, input, bias, residual, mask_below, bias_below, layer, held):
         output, mask = layer.forward(input, bias, residual)
-        ctx.save_for_backward(None if hold else mask, mask_below)
-        ctx.layer, ctx.hold = layer, hold
-        if not hold:
-            return output, None
-        ctx.mark_non_differentiable(mask)
-        return output, mask
+        ctx.layer, ctx.hold = layer, held is not None
+        if ctx.hold:
+            held.append(mask)
+        ctx.save_for_backward(None if ctx.hold else mask, mask_below)
+        return output
 
     @staticmethod
     @first_order
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         mask, mask_below = ctx.saved_tensors
         need_input, need_bias, need_residual, _, need_below, *_ = ctx.needs_input_grad
         layer = ctx.layer

@@ -1,5 +1,4 @@
 // A convolution's data gradient, the mask of the ReLU below and its bias gradient, by cuDNN.
-#include <ATen/Context.h>
 #include <ATen/cudnn/Handle.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -19,15 +18,14 @@ constexpr int kAlignment = 16;  // bytes, of every operand
 
 DgradProblem problem_of(const at::Tensor& grad_output, const at::Tensor& weight,
                         at::IntArrayRef input_size, at::IntArrayRef padding,
-                        at::IntArrayRef dilation, bool sum) {
+                        at::IntArrayRef dilation, bool sum, bool tf32) {
   const auto type = grad_output.scalar_type();
   const auto kind = type == at::kHalf       ? DgradProblem::Type::kHalf
                     : type == at::kBFloat16 ? DgradProblem::Type::kBFloat16
                                             : DgradProblem::Type::kFloat;
-  const bool tf32 = type == at::kFloat && at::globalContext().allowTF32CuDNN();
   return {grad_output.get_device(),
           kind,
-          tf32,
+          tf32 && type == at::kFloat,
           sum,
           grad_output.size(0),
           weight.size(1),
@@ -71,11 +69,11 @@ bool may_build() {
 
 bool conv_dgrad_relu_exists(const at::Tensor& grad_output, const at::Tensor& weight,
                             at::IntArrayRef input_size, at::IntArrayRef padding,
-                            at::IntArrayRef dilation, bool sum) {
+                            at::IntArrayRef dilation, bool sum, bool tf32) {
   check(grad_output, weight, input_size, padding, dilation);
   if (grad_output.numel() == 0) return false;
   const c10::cuda::CUDAGuard guard(grad_output.device());
-  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation, sum);
+  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation, sum, tf32);
   return dgrad_graph(at::native::getCudnnHandle(), problem, may_build()) != nullptr;
 }
 
@@ -83,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor> conv_dgrad_relu(const at::Tensor& grad_output
                                                    const at::Tensor& weight, const at::Tensor& mask,
                                                    at::IntArrayRef input_size,
                                                    at::IntArrayRef padding,
-                                                   at::IntArrayRef dilation, bool sum) {
+                                                   at::IntArrayRef dilation, bool sum, bool tf32) {
   check(grad_output, weight, input_size, padding, dilation);
   const c10::cuda::CUDAGuard guard(grad_output.device());
   const int64_t channels = weight.size(1);
@@ -92,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor> conv_dgrad_relu(const at::Tensor& grad_output
                 grad_output.options().memory_format(at::MemoryFormat::ChannelsLast));
   check_mask(mask, grad_input);
   const auto handle = at::native::getCudnnHandle();
-  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation, sum);
+  const auto problem = problem_of(grad_output, weight, input_size, padding, dilation, sum, tf32);
   const auto graph = dgrad_graph(handle, problem, may_build());
   TORCH_CHECK(graph,
               "cuDNN has no engine for this data gradient, or it is not built yet while a "

@@ -1,6 +1,5 @@
 // Linear layers whose ReLU, mask and bias gradient are done by cuBLASLt, in the products
 // themselves.
-#include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -26,9 +25,9 @@ cudaDataType_t type_of(const at::Tensor& t) {
   }
 }
 
-LtProblem problem_of(const at::Tensor& input, LtPass pass, int64_t in, int64_t out) {
-  const bool tf32 = input.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
-  return {input.get_device(), type_of(input), tf32, pass, input.size(0), in, out};
+LtProblem problem_of(const at::Tensor& input, LtPass pass, int64_t in, int64_t out, bool tf32) {
+  const bool rounded = tf32 && input.scalar_type() == at::kFloat;
+  return {input.get_device(), type_of(input), rounded, pass, input.size(0), in, out};
 }
 
 void check_matrix(const at::Tensor& t, const char* name, int64_t columns, const at::Tensor& like) {
@@ -61,21 +60,22 @@ void run(const LtProblem& problem, const at::Tensor& input, const at::Tensor& we
          c10::cuda::getCurrentCUDAStream());
 }
 
-bool linear_epilogues_exist(const at::Tensor& input, int64_t out_features, int64_t next_features) {
+bool linear_epilogues_exist(const at::Tensor& input, int64_t out_features, int64_t next_features,
+                            bool tf32) {
   check_float(input, "input");
   if (input.dim() != 2 || input.numel() == 0) return false;
   const c10::cuda::CUDAGuard guard(input.device());
   const auto handle = at::cuda::getCurrentCUDABlasLtHandle();
   const auto has = [&](LtPass pass, int64_t in, int64_t out) {
-    return lt_plan(handle, problem_of(input, pass, in, out)) != nullptr;
+    return lt_plan(handle, problem_of(input, pass, in, out, tf32)) != nullptr;
   };
   return has(LtPass::kForward, input.size(1), out_features) &&
          has(LtPass::kBackward, out_features, next_features);
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_relu_aux(const at::Tensor& input,
-                                                   const at::Tensor& weight,
-                                                   const at::Tensor& bias) {
+                                                   const at::Tensor& weight, const at::Tensor& bias,
+                                                   bool tf32) {
   check_float(input, "input");
   TORCH_CHECK_VALUE(input.dim() == 2, "input must be [N, in_features], got size ", input.sizes());
   check_matrix(weight, "weight", input.size(1), input);
@@ -88,14 +88,14 @@ std::tuple<at::Tensor, at::Tensor> linear_relu_aux(const at::Tensor& input,
   const int64_t samples = input.size(0), out = weight.size(0);
   at::Tensor output = at::empty({samples, out}, input.options());
   at::Tensor aux = at::empty({samples, lt_aux_pitch(out)}, input.options().dtype(at::kByte));
-  const auto problem = problem_of(input, LtPass::kForward, input.size(1), out);
+  const auto problem = problem_of(input, LtPass::kForward, input.size(1), out, tf32);
   run(problem, aligned(input), aligned(weight), output, aligned(bias), aux);
   return {output, aux};
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_drelu_bgrad(const at::Tensor& grad_output,
                                                       const at::Tensor& weight,
-                                                      const at::Tensor& aux) {
+                                                      const at::Tensor& aux, bool tf32) {
   check_float(grad_output, "grad_output");
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [out_features, in_features], got size ",
                     weight.sizes());
@@ -105,7 +105,7 @@ std::tuple<at::Tensor, at::Tensor> linear_drelu_bgrad(const at::Tensor& grad_out
   const c10::cuda::CUDAGuard guard(grad_output.device());
   at::Tensor grad_input = at::empty({samples, in}, grad_output.options());
   at::Tensor grad_bias = at::empty({in}, grad_output.options());
-  const auto problem = problem_of(grad_output, LtPass::kBackward, in, weight.size(0));
+  const auto problem = problem_of(grad_output, LtPass::kBackward, in, weight.size(0), tf32);
   run(problem, aligned(grad_output), aligned(weight), grad_input, grad_bias, aux);
   return {grad_input, grad_bias};
 }

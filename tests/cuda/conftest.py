@@ -47,6 +47,6 @@ def real_gpu() -> None:
 def tf32_products() -> Iterator[None]:
     """Products in TF32 are allowed: few libraries have epilogues for others in float32."""
     products = torch.backends.cuda.matmul
-    before, products.allow_tf32 = products.allow_tf32, True
+    before, products.fp32_precision = products.fp32_precision, "tf32"
     yield
-    products.allow_tf32 = before
+    products.fp32_precision = before

@@ -21,13 +21,14 @@ class StandIn:
     """The kernel's operators, out of ATen's."""
 
     def __init__(self):
-        self.asked, self.calls, self.has = [], 0, True
+        self.asked, self.tf32, self.calls, self.has = [], [], 0, True
 
-    def conv_dgrad_relu_exists(self, grad, weight, input_size, padding, dilation, sum):
+    def conv_dgrad_relu_exists(self, grad, weight, input_size, padding, dilation, sum, tf32):
         self.asked.append((*grad.shape, sum))
+        self.tf32.append(tf32)
         return self.has
 
-    def conv_dgrad_relu(self, grad, weight, mask, input_size, padding, dilation, sum):
+    def conv_dgrad_relu(self, grad, weight, mask, input_size, padding, dilation, sum, tf32):
         self.calls += 1
         numbers = ([1, 1], padding, dilation, True, [0, 0], 1)
         dgrad = torch.ops.aten.convolution(grad, weight, None, *numbers)
@@ -41,10 +42,11 @@ class Counted:
     """The real operators, counted."""
 
     def __init__(self):
-        self.asked, self.calls = [], 0
+        self.asked, self.tf32, self.calls = [], [], 0
 
     def conv_dgrad_relu_exists(self, grad, *rest):
-        self.asked.append((*grad.shape, rest[-1]))
+        self.asked.append((*grad.shape, rest[-2]))
+        self.tf32.append(rest[-1])
         return torch.ops.wus.conv_dgrad_relu_exists(grad, *rest)
 
     def conv_dgrad_relu(self, *arguments):
@@ -156,10 +158,31 @@ def test_what_does_not_suit_is_never_asked_for(cudnn, channels, conv):
     assert not cudnn.asked
 
 
-def test_nothing_is_chosen_by_time_where_runs_must_be_alike(cudnn, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+@pytest.mark.parametrize(("flag", "value"), [("deterministic", True), ("enabled", False)])
+def test_what_cudnn_must_not_do_is_never_asked_for(cudnn, monkeypatch, flag, value):
+    """No choice may depend on times where runs must be alike."""
+    monkeypatch.setattr(torch.backends.cudnn, flag, value)
     compare(twins(network(8, 16, 8), cudnn, torch.bfloat16), cudnn, torch.bfloat16)
     assert not cudnn.asked
+
+
+@pytest.fixture
+def convolutions():
+    """Their precision, as it was afterwards."""
+    settings = torch.backends.cudnn.conv
+    before = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_tf32_is_as_it_was_set(cudnn, convolutions, precision):
+    """By torch's new setting, next to which asking for the old one may raise."""
+    convolutions.fp32_precision = precision
+    _, model = twins(network(8, 16, 8), cudnn, torch.float32)
+    x = dense(torch.randn(3, 8, 9, 7)).to(cudnn.device).requires_grad_()
+    model(x).sum().backward()
+    assert cudnn.tf32 == [precision == "tf32"] * 2
 
 
 def test_each_shape_is_tried_once(cudnn):

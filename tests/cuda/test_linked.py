@@ -112,6 +112,20 @@ def test_autocast(lt):
     assert models[1][0].bias.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("forward", [True, False])
+def test_tf32_switched_between_forward_and_backward(lt, forward):
+    """Which products there are depends on it: backward follows what forward found."""
+    products = torch.backends.cuda.matmul
+    products.fp32_precision = "tf32" if forward else "ieee"
+    _, model = twins(mlp(24, 136, 8), lt)
+    y = model(torch.randn(4, 24, device=lt.device))
+    products.fp32_precision = "ieee" if forward else "tf32"
+    y.sum().backward()
+    if lt.device == "cpu":  # the stand-in has float32 with TF32 only
+        assert called(lt) == (FORWARD_AND_BACKWARD if forward else [])
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("bias"))
+
+
 def test_only_where_both_products_exist(lt):
     if lt.device == "cuda":
         pytest.skip("what exists is not known")

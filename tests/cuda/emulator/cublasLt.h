@@ -59,7 +59,10 @@ struct LtSettings {
 };
 using cublasLtHandle_t = void*;
 using cublasLtMatrixLayout_t = LtMatrix*;
-using cublasLtMatmulDesc_t = LtSettings*;
+struct LtOperation : LtSettings {
+  cublasComputeType_t compute;
+};
+using cublasLtMatmulDesc_t = LtOperation*;
 struct LtPreferences : LtSettings {};
 using cublasLtMatmulPreference_t = LtPreferences*;
 struct cublasLtMatmulAlgo_t {
@@ -83,9 +86,9 @@ inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout)
   delete layout;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t,
-                                               cudaDataType_t scale) {
-  *desc = new LtSettings;
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc,
+                                               cublasComputeType_t compute, cudaDataType_t scale) {
+  *desc = new LtOperation{{}, compute};
   return scale == CUDA_R_32F ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
@@ -102,7 +105,8 @@ inline cublasStatus_t lt_set(LtSettings* settings, int attribute, const void* va
 inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
                                                      cublasLtMatmulDescAttributes_t attribute,
                                                      const void* value, size_t bytes) {
-  return lt_set(desc, attribute, value, bytes, attribute < CUBLASLT_MATMUL_DESC_BIAS_POINTER ? 4 : 8);
+  return lt_set(desc, attribute, value, bytes,
+                attribute < CUBLASLT_MATMUL_DESC_BIAS_POINTER ? 4 : 8);
 }
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
   *preference = new LtPreferences;
@@ -119,30 +123,26 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
                 attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? 8 : 4);
 }
 
-// A product that fits together; refused, as some are, where features or samples do not fill
-// 16 bytes.
-inline bool lt_fits(const LtSettings& op, const LtMatrix& a, const LtMatrix& b, const LtMatrix& d) {
+// A product that fits together; refused, as some are, where features do not fill 16 bytes, and in
+// float32 without TF32.
+inline bool lt_fits(const LtOperation& op, const LtMatrix& a, const LtMatrix& b,
+                    const LtMatrix& d) {
   const bool transposed = op.get<int32_t>(CUBLASLT_MATMUL_DESC_TRANSA) == CUBLAS_OP_T;
   const int64_t aux_ld = op.get<int64_t>(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD);
   const auto at = [&](auto attribute) { return op.get<uintptr_t>(attribute); };
   const uintptr_t bias = at(CUBLASLT_MATMUL_DESC_BIAS_POINTER);
   const uintptr_t aux = at(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER);
+  if (a.type == CUDA_R_32F && op.compute != CUBLAS_COMPUTE_32F_FAST_TF32) return false;
   const uint64_t elements = a.type == CUDA_R_32F ? 4 : 8;
   return (transposed ? a.cols : a.rows) == d.rows && (transposed ? a.rows : a.cols) == b.rows &&
          b.cols == d.cols && aux_ld % 128 == 0 && aux_ld >= static_cast<int64_t>(d.rows) && bias &&
          bias % 16 == 0 && aux && aux % 16 == 0 && a.rows % elements == 0 && a.cols % elements == 0;
 }
 
-inline int& lt_questions() {  // asked of the heuristic so far
-  static int count = 0;
-  return count;
-}
-
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtHandle_t, cublasLtMatmulDesc_t op, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
     cublasLtMatrixLayout_t, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int,
     cublasLtMatmulHeuristicResult_t* results, int* found) {
-  ++lt_questions();
   *found = 0;
   if (preference->get<uint32_t>(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) !=
       CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) {
@@ -190,8 +190,8 @@ void lt_matmul(const LtSettings& op, const T* a, const LtMatrix& a_layout, const
 
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t op, const void* alpha,
                                      const void* a, cublasLtMatrixLayout_t a_layout, const void* b,
-                                     cublasLtMatrixLayout_t b_layout, const void* beta,
-                                     const void*, cublasLtMatrixLayout_t, void* d,
+                                     cublasLtMatrixLayout_t b_layout, const void* beta, const void*,
+                                     cublasLtMatrixLayout_t, void* d,
                                      cublasLtMatrixLayout_t d_layout,
                                      const cublasLtMatmulAlgo_t* algorithm, void* workspace,
                                      size_t workspace_bytes, cudaStream_t) {
