@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import wus_ext
 from wus_ext import linked, options
@@ -174,15 +177,228 @@ def test_the_same_is_saved(name):
     assert sizes[0]
 
 
-def test_backward_twice():
-    _, link = twins("other_geometries")
+def biases(model):
+    return [p for n, p in model.named_parameters() if n.endswith("bias")]
+
+
+def step(model, seed=0, backward=None, forward=None):
+    """The output, and what backward leaves in the gradients."""
+    torch.manual_seed(seed)
     x = images().requires_grad_()
-    output = link(x)
-    biases = [p for n, p in link.named_parameters() if n.endswith("bias")]
-    g = torch.randn_like(output)
-    first = torch.autograd.grad(output, biases, g, retain_graph=True)
-    for mine, theirs in zip(torch.autograd.grad(output, biases, g), first, strict=True):
-        assert torch.equal(mine, theirs)
+    y = (forward or model)(x)
+    (backward or y.backward)(torch.randn_like(y))
+    return [y, x.grad, *(p.grad for p in model.parameters())]
+
+
+def twice_before_backward(model):
+    x, z = images().requires_grad_(), images().requires_grad_()
+    outputs = model(x), model(z)
+    for y in outputs:
+        y.backward(torch.randn_like(y))
+    return [*outputs, x.grad, z.grad, *(p.grad for p in model.parameters())]
+
+
+def backward_twice(model):
+    y = model(images().requires_grad_())
+    g = torch.randn_like(y)
+    return [
+        grad
+        for keep in (True, False)
+        for grad in torch.autograd.grad(y, biases(model), g, retain_graph=keep)
+    ]
+
+
+def gradients_of_some(model):
+    x = images().requires_grad_()
+    wanted = [biases(model)[:1], biases(model)[1:2], [x], [biases(model)[-1], x]]
+    y = model(x)
+    g = torch.randn_like(y)
+    return [grad for some in wanted for grad in torch.autograd.grad(y, some, g, retain_graph=True)]
+
+
+def one_bias_trains(model, index):
+    for i, bias in enumerate(biases(model)):
+        bias.requires_grad_(i == index)
+    return step(model)
+
+
+def all_but_one_skip(model, index):
+    wus_ext.set_skip(model, False, layers=str(layers(model)[index]))
+    return step(model)
+
+
+def layers(model):
+    return [i for i, layer in enumerate(model) if getattr(layer, "bias", None) is not None]
+
+
+def some_biases_stand_still(model):
+    wus_ext.set_skip(model, True, layers=str(layers(model)[1]), skip_biases=True)
+    return step(model)
+
+
+def output_replaced(model, index):
+    handle = model[index].register_forward_hook(lambda module, inputs, output: output * 2 - 0.1)
+    first = step(model)
+    handle.remove()
+    return first + step(model)
+
+
+def hooks_on_biases(model):
+    for bias in biases(model):
+        bias.register_hook(lambda grad: grad * 3)
+    return step(model)
+
+
+def checkpointed(model, reentrant):
+    return step(model, forward=partial(checkpoint, model, use_reentrant=reentrant))
+
+
+def saved_elsewhere(model):
+    with torch.autograd.graph.save_on_cpu():
+        return step(model)
+
+
+def no_grad_between(model):
+    with torch.no_grad():
+        y = model(images())
+    return [y, *step(model)]
+
+
+def window_ends_before_backward(model):
+    x = images().requires_grad_()
+    y = model(x)
+    wus_ext.set_skip(model, False)
+    model(images())
+    y.backward(torch.randn_like(y))
+    return [y, x.grad, *(p.grad for p in model.parameters())]
+
+
+def a_weight_moves(model):
+    first = [t.clone() for t in step(model) if t is not None]
+    with torch.no_grad():
+        model[layers(model)[1]].weight.mul_(1.5)
+    return first + step(model)
+
+
+def forward_fails(model):
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5, 12, 10))
+    return step(model)
+
+
+def backward_fails(model):
+    def fail(grad):
+        raise ArithmeticError
+
+    handle = biases(model)[1].register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        step(model)
+    handle.remove()
+    model.zero_grad()
+    return step(model)
+
+
+def copied(model):
+    return step(copy.deepcopy(model)) + step(pickle.loads(pickle.dumps(model)))
+
+
+def contiguous_images(model):
+    x = images(channels_last=False).requires_grad_()
+    y = model(x)
+    y.sum().backward()  # a gradient that is expanded
+    return [y, x.grad, *(p.grad for p in model.parameters())]
+
+
+SITUATIONS = [
+    twice_before_backward,
+    backward_twice,
+    gradients_of_some,
+    *(partial(one_bias_trains, index=i) for i in range(3)),
+    *(partial(all_but_one_skip, index=i) for i in range(3)),
+    some_biases_stand_still,
+    partial(output_replaced, index=0),
+    partial(output_replaced, index=1),
+    hooks_on_biases,
+    partial(checkpointed, reentrant=True),
+    partial(checkpointed, reentrant=False),
+    saved_elsewhere,
+    no_grad_between,
+    window_ends_before_backward,
+    a_weight_moves,
+    forward_fails,
+    backward_fails,
+    copied,
+    contiguous_images,
+]
+#: One that is linked throughout, one whose upper layers are Winograd's, linear layers.
+NETWORKS = {
+    "direct": partial(twins, "other_geometries"),
+    "settled": partial(twins, "paddings", algo="f4"),
+    "linear": partial(twins, "linear"),
+}
+
+
+def named(situation):
+    if not isinstance(situation, partial):
+        return situation.__name__
+    return "_".join([situation.func.__name__, *map(str, situation.keywords.values())])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("situation", SITUATIONS, ids=named)
+def test_situations(situation, network):
+    results = []
+    for model in NETWORKS[network]():
+        torch.manual_seed(1)
+        results.append(situation(model))
+    assert any(t is not None and t.any() for t in results[0])
+    for theirs, mine in zip(*results, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
+
+
+def test_an_output_in_between(passes):
+    class Two(nn.Sequential):
+        def forward(self, x):
+            x = self[1](self[0](x))
+            y = self[3](self[2](x))
+            return x, self[5](self[4](y))
+
+    results = []
+    for epilogues in ((), ("plain",)):
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8)]
+        model = Two(*(layer for conv in convs for layer in (conv, nn.ReLU())))
+        wus_ext.set_skip(wus_ext.convert(model, algo="direct", epilogues=epilogues), True)
+        x = images().requires_grad_()
+        first, second = model(x)
+        (first.square().sum() + second.sum()).backward()
+        results.append([first, second, x.grad, *(b.grad for b in biases(model))])
+        assert links(model) == len(epilogues)
+    assert all(map(torch.equal, *results))
+    assert passes == ["Direct"]
+
+
+def test_nothing_is_linked_unasked():
+    unlinked, link = twins("other_geometries")
+    x = images()
+    assert any("Linked" in node.name() for node in steps(link(x)))
+    assert not any("Linked" in node.name() for node in steps(unlinked(x)))
+    assert not links(unlinked)
+
+
+def test_masks_get_no_gradient():
+    """Of a second output autograd would make a gradient of zeros."""
+    _, link = twins("other_geometries")
+    assert all(len(node._input_metadata) == 1 for node in steps(link(images())))
+
+
+def steps(output):
+    """All steps of backward."""
+    found = [output.grad_fn]
+    for node in found:
+        found += [after for after, _ in node.next_functions if after is not None]
+    return found
 
 
 def test_no_second_derivative():
@@ -206,7 +422,6 @@ def test_epilogues_are_checked(value, message):
 
 
 def test_an_epilogue_that_is_not_built_is_refused(monkeypatch):
-
     monkeypatch.setattr(options, "build_info", lambda: {"cuda": None})
     with pytest.raises(
         ValueError, match=r"'cublaslt' is not part of this build .*'cuda'.* is None"

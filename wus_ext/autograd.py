@@ -22,13 +22,13 @@ def first_order(backward: Callable) -> Callable:
     """A backward without a derivative of its own says so, whatever was asked to require one."""
 
     @wraps(backward)
-    def checked(ctx, *grads):
+    def checked(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a fused skip step has no second derivative (create_graph=True); "
                 "convert the model with fuse=False"
             )
-        return backward(ctx, *grads)
+        return backward(ctx, grad)
 
     return checked
 
