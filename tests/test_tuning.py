@@ -20,6 +20,8 @@ class Ways:
 
     def exists(self):
         self.asked += 1
+        if isinstance(self._exists, Exception):
+            raise self._exists
         return self._exists
 
     def candidate(self):
@@ -44,12 +46,13 @@ class Ways:
         ({"ours": 3.0}, False),
         ({"ours": 2.0}, False),
         ({"exists": False}, False),
+        ({"exists": NotImplementedError("not built")}, False),
         ({"result": torch.full((8,), 1.001)}, False),
         ({"result": torch.full((8,), 1 + 1e-6)}, True),
         ({"result": torch.full((8,), float("nan"))}, False),
         ({"result": RuntimeError("no kernel image")}, False),
     ],
-    ids=["faster", "slower", "as_fast", "missing", "wrong", "rounded", "nan", "fails"],
+    ids=["faster", "slower", "as_fast", "missing", "not_built", "wrong", "rounded", "nan", "fails"],
 )
 def test_preferred(settings, preferred):
     ways = Ways(**settings)
@@ -58,7 +61,7 @@ def test_preferred(settings, preferred):
     assert ways.prefer() is preferred
     assert ways.calls == calls, "found out once"
     assert ways.asked == 1
-    if not ways._exists:
+    if ways._exists is not True:
         assert not calls
 
 

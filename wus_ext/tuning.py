@@ -51,7 +51,7 @@ class Choices:
         return self._chosen.get(key)
 
     def _try(self, key: Hashable, trusted: Way, candidates: Sequence[Candidate]) -> None:
-        ways = {i: c.run for i, c in enumerate(candidates) if c.exists()}
+        ways = {i: c.run for i, c in enumerate(candidates) if self._exists(key, c)}
         if not ways:
             logger.info("%s: no such kernel", key)
             self._chosen[key] = None
@@ -63,6 +63,14 @@ class Choices:
         times = {None: self._seconds(trusted), **{i: self._seconds(w) for i, w in right.items()}}
         logger.info("%s: %s", key, {i: f"{seconds * 1e6:.1f} µs" for i, seconds in times.items()})
         self._chosen[key] = min(times, key=times.__getitem__)
+
+    @staticmethod
+    def _exists(key: Hashable, candidate: Candidate) -> bool:
+        try:
+            return candidate.exists()
+        except RuntimeError as error:  # a model may come from a build that has more kernels
+            logger.warning("%s: a kernel is not used, asking for it failed: %s", key, error)
+            return False
 
     @staticmethod
     def _is_right(key: Hashable, way: Way, expected: tuple[Tensor, ...]) -> bool:
