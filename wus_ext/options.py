@@ -31,12 +31,13 @@ class SkipOptions:
             depends on Python state other than ``training`` must set it to False.
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below and sum it
             for that layer's bias, where one layer feeds another. ``"cublaslt"``: linear layers on a
-            GPU, where cuBLASLt has such products; it gives bias gradients in the type of the
-            products, and its ReLU need not pass NaN on. ``"cudnn"``: convolutions of stride 1 on a
-            GPU, with channels in eights; each shape is tried in its first backward pass and taken
-            where it is right and faster. ``"plain"``: the same order of work with
-            the kernels that are used anyway, results bit for bit the same. Default: none. Not yet
-            run on a GPU.
+            GPU, where cuBLASLt has such products; under autocast it rounds bias gradients to
+            autocast's type, as stock does, and its ReLU may turn NaN into 0, which stock's does
+            not. ``"cudnn"``: convolutions of stride 1 on a GPU, with channels in eights; each shape
+            is tried in its first backward pass and taken where it is right and faster, so that runs
+            may differ in rounding; not used where cuDNN is off or must be deterministic.
+            ``"plain"``: the same order of work with the kernels that are used anyway, results bit
+            for bit the same. Default: none. Not yet run on a GPU.
 
     Raises:
         ValueError: for a value that is none of these, or an epilogue that this build does not have;

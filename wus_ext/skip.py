@@ -78,9 +78,9 @@ def convert(
             for a model whose ``forward`` depends on Python state other than ``training``.
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below it, and sum
             it for that layer's bias, in the product itself: ``"cublaslt"`` (linear layers on a GPU,
-            where cuBLASLt can; bias gradients come in the type of the products), ``"cudnn"``
-            (convolutions of stride 1 on a GPU, where cuDNN can and is faster), ``"plain"`` (what is
-            used anyway, in that order; the same bit for bit). Default: none. Not yet run on a GPU.
+            where cuBLASLt can; its ReLU may turn NaN into 0), ``"cudnn"`` (convolutions of stride 1
+            on a GPU, where cuDNN can and is faster), ``"plain"`` (what is used anyway, in that
+            order; the same bit for bit). Default: none. Not yet run on a GPU.
 
     Returns:
         The same object.
