@@ -153,6 +153,8 @@ def test_images_without_gradient():
     for mine, theirs in zip(link.parameters(), unlinked.parameters(), strict=True):
         assert mine.grad is theirs.grad or torch.equal(mine.grad, theirs.grad)
     assert link[0].bias.grad.any()
+    upper_only = [node for node in steps(link(images())) if "Linked" in node.name()]
+    assert len(upper_only) == 1, "nothing is computed for the first layer's output"
 
 
 def test_without_gradients():
