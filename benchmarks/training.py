@@ -11,9 +11,9 @@ shorter than the page's.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from common import machine, table
 
@@ -54,42 +54,45 @@ def settings(args: argparse.Namespace) -> CompareConfig:
     return CompareConfig(base=base, models=(args.network,), seeds=args.seeds)
 
 
-def paired(runs: Sequence[Run]) -> list[list[str]]:
-    """Each method against the baseline and against its control, seed by seed, then averaged.
+def seconds(run: Run) -> float:
+    """Training time, each epoch at the median of its kind, whatever else the machine did."""
+    kinds = [[e["train_seconds"] for e in run.history if e["skipped"] == s] for s in (False, True)]
+    return sum(len(times) * median(times) for times in kinds if times)
 
-    ``s (1 - r)`` is what a fraction s of skipped epochs saves when a skip step costs r of a full
-    step; the clock should agree with it.
-    """
-    by_name = {(run.method, run.seed): run for run in runs}
-    lines = []
-    for method in dict.fromkeys(run.method for run in runs if not run.control):
-        if method == "baseline":
+
+def lines(runs: Sequence[Run]) -> list[list[str]]:
+    """Means over the seeds; time is saved against the baseline of the same seed."""
+    baseline = {run.seed: seconds(run) for run in runs if run.method == "baseline"}
+
+    def mean(name: str, figure: Callable[[Run], float | None]) -> float | None:
+        values = [figure(run) for run in runs if run.method == name]
+        values = [value for value in values if value is not None]
+        return fmean(values) if values else None
+
+    def saved(run: Run) -> float:
+        return 100 * (1 - seconds(run) / baseline[run.seed])
+
+    made = []
+    for name in dict.fromkeys(run.method for run in runs if not run.control):
+        accuracy = f"{mean(name, lambda run: run.accuracy):.1f}"
+        if name == "baseline":
+            made.append(["stock", accuracy, *["-"] * 6])
             continue
-        mine = [run for run in runs if run.method == method]
-        stock = [by_name["baseline", run.seed] for run in mine]
-        control = [by_name[f"baseline in the time of {method}", run.seed] for run in mine]
-        predicted = [run.skipped * (1 - run.skip_cost) for run in mine if run.skip_cost]
-        lines.append(
+        skipped, cost = mean(name, lambda run: run.skipped), mean(name, lambda run: run.skip_cost)
+        control = f"baseline in the time of {name}"
+        made.append(
             [
-                method,
-                f"{fmean(predicted):.0f}" if predicted else "-",
-                f"{fmean(_saved(run, base) for run, base in zip(mine, stock, strict=True)):.0f}",
-                f"{fmean(_saved(run, base) for run, base in zip(control, stock, strict=True)):.0f}",
-                _difference(mine, stock),
-                _difference(mine, control),
+                name.upper(),
+                accuracy,
+                f"{skipped:.0f}",
+                "-" if cost is None else f"{cost:.2f}",
+                "-" if cost is None else f"{skipped * (1 - cost):.0f}",
+                f"{mean(name, saved):.0f}",
+                f"{mean(control, saved):.0f}",
+                f"{mean(control, lambda run: run.accuracy):.1f}",
             ]
         )
-    return lines
-
-
-def _saved(run: Run, baseline: Run) -> float:
-    return 100 * (1 - run.seconds / baseline.seconds)
-
-
-def _difference(runs: Sequence[Run], others: Sequence[Run]) -> str:
-    points = [a.accuracy - b.accuracy for a, b in zip(runs, others, strict=True)]
-    spread = f" ({min(points):+.1f} to {max(points):+.1f})" if len(points) > 1 else ""
-    return f"{fmean(points):+.1f}{spread}"
+    return made
 
 
 def main() -> None:
@@ -114,15 +117,16 @@ def main() -> None:
         parser.exit(130, "interrupted; the same command goes on from here\n")
     header = [
         "method",
+        "accuracy, %",
+        "epochs skipped, s, %",
+        "skip / full step, r",
         "s (1 - r), %",
         "time saved, %",
-        "its control saved, %",
-        "accuracy - stock's, points",
-        "accuracy - control's, points",
+        "control: time saved, %",
+        "control: accuracy, %",
     ]
-    print(machine())
-    print()
-    print(table(header, paired(runs)))
+    print(f"{args.network}, {args.protocol}, {args.seeds} seeds; {machine()}\n")
+    print(table(header, lines(runs)))
 
 
 if __name__ == "__main__":
