@@ -12,6 +12,8 @@ from torch import nn
 import wus_ext
 from wus_ext import algorithms, autograd, linked, options, products, support
 
+from .steps import check_replay, results
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -61,15 +63,6 @@ def twins(model, lt, dtype=torch.float32):
     for model, names in zip(models, ((), ("cublaslt",)), strict=True):
         wus_ext.set_skip(wus_ext.convert(model, epilogues=names), True)
     return models
-
-
-def results(model, x, g, autocast=None):
-    x = x.clone().requires_grad_()
-    model.zero_grad()
-    with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
-        y = model(x)
-    y.backward(g.to(y.dtype))
-    return [y, x.grad, *(p.grad for n, p in model.named_parameters() if n.endswith("bias"))]
 
 
 def compare(models, lt, features, dtype, autocast=None, samples=36):
@@ -180,16 +173,4 @@ def test_captured_in_a_graph():
     wus_ext.set_skip(wus_ext.convert(model, epilogues=("cublaslt",)), True)
     x = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
     g = torch.randn(32, 16, device="cuda", dtype=torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            expected = results(model, x, g)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = results(model, x, g)
-    for result in recorded:
-        result.data.zero_()
-    graph.replay()
-    for mine, theirs in zip(recorded, expected, strict=True):
-        assert torch.equal(mine, theirs)
+    check_replay(model, x, g)
