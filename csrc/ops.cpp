@@ -113,6 +113,11 @@ TORCH_LIBRARY(wus, m) {
       "winograd_dgrad(Tensor grad_output, Tensor packed, Tensor? mask, SymInt in_channels, "
       "SymInt[2] input_size, int padding, int scheme, int prologue, Tensor? z=None, "
       "Tensor? batch_norm=None) -> (Tensor, Tensor)");
+  // -> the weight's gradient [K, C, 3, 3], channels_last or contiguous; input [N, C, H, W];
+  // grad_output, prologue and what belongs to it as in winograd_dgrad.
+  m.def(
+      "winograd_wgrad(Tensor grad_output, Tensor input, Tensor? mask, int padding, int scheme, "
+      "int prologue, Tensor? z=None, Tensor? batch_norm=None, bool channels_last=True) -> Tensor");
 
   // Convolution with a stride on the CPU, on a weight packed beforehand (dilation 1, one group;
   // float32, channels_last): 3x3 with stride 2 and padding 1, or 1x1 with any stride, unpadded.

@@ -14,6 +14,10 @@ struct GemmKernels {
   // in floats. Whole panels of c are written.
   void (*run)(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows,
               int64_t depth, int64_t panels);
+  // c[rows][panel] = a[depth][panel]^T * b[depth][panel], of the first `rows` columns of a; added
+  // to what c holds if `accumulate`.
+  void (*run_transposed)(const float* a, const float* b, float* c, int64_t rows, int64_t depth,
+                         bool accumulate);
 };
 
 WUS_DECLARE_TABLE(GemmKernels, gemm_kernels)

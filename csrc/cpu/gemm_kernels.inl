@@ -16,7 +16,8 @@ constexpr int kGemmRows = 2;
 // Bounds what a pass reads of A (kGemmRows rows) and B (one panel) so that A stays in L1.
 constexpr int64_t kGemmDepth = 512;
 
-template <int kRows>
+// A is read by rows, or, transposed, out of a panel.
+template <int kRows, bool kTransposed>
 static void multiply_rows(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
                           int64_t depth, bool accumulate) {
   Vec left[kRows], right[kRows];
@@ -29,7 +30,7 @@ static void multiply_rows(const float* a, int64_t lda, const float* b, float* c,
     const Vec b_left = load(b), b_right = load(b + kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Vec x = broadcast(a[i * lda + k]);
+      const Vec x = broadcast(a[kTransposed ? k * kPanel + i : i * lda + k]);
       left[i] = x * b_left + left[i];
       right[i] = x * b_right + right[i];
     }
@@ -41,14 +42,14 @@ static void multiply_rows(const float* a, int64_t lda, const float* b, float* c,
   }
 }
 
-template <int kRows>
+template <int kRows, bool kTransposed>
 WUS_INLINE void multiply(int64_t rows, const float* a, int64_t lda, const float* b, float* c,
                          int64_t ldc, int64_t depth, bool accumulate) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      multiply_rows<kRows>(a, lda, b, c, ldc, depth, accumulate);
+      multiply_rows<kRows, kTransposed>(a, lda, b, c, ldc, depth, accumulate);
     } else {
-      multiply<kRows - 1>(rows, a, lda, b, c, ldc, depth, accumulate);
+      multiply<kRows - 1, kTransposed>(rows, a, lda, b, c, ldc, depth, accumulate);
     }
   }
 }
@@ -63,13 +64,26 @@ static void gemm(const float* a, int64_t lda, const float* b, float* c, int64_t 
       // Passes of nearly equal height: a pass of one or two rows would wait for its own sums.
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t row = pass * rows / passes, next = (pass + 1) * rows / passes;
-        multiply<kGemmRows>(next - row, a + row * lda + k, lda, b_part,
-                            c + row * ldc + panel * kPanel, ldc, part, k > 0);
+        multiply<kGemmRows, false>(next - row, a + row * lda + k, lda, b_part,
+                                   c + row * ldc + panel * kPanel, ldc, part, k > 0);
       }
     }
   }
 }
 
-extern const GemmKernels gemm_kernels = {kPanel, kGemmRows, gemm};
+static void gemm_transposed(const float* a, const float* b, float* c, int64_t rows, int64_t depth,
+                            bool accumulate) {
+  const int64_t passes = (rows + kGemmRows - 1) / kGemmRows;
+  for (int64_t k = 0; k < depth; k += kGemmDepth) {
+    const int64_t part = depth - k < kGemmDepth ? depth - k : kGemmDepth;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t row = pass * rows / passes, next = (pass + 1) * rows / passes;
+      multiply<kGemmRows, true>(next - row, a + k * kPanel + row, 0, b + k * kPanel,
+                                c + row * kPanel, kPanel, part, accumulate || k > 0);
+    }
+  }
+}
+
+extern const GemmKernels gemm_kernels = {kPanel, kGemmRows, gemm, gemm_transposed};
 
 }  // namespace wus::cpu::WUS_ISA

@@ -65,6 +65,69 @@ Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t w
                    like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
+// The gradient of a convolution's output as a prologue reads it; checks what belongs to it.
+struct Gradient {
+  Gradient(const Tensor& grad_output, const OptionalTensor& mask, int64_t images,
+           at::IntArrayRef input_size, int64_t padding, int64_t prologue, const OptionalTensor& z,
+           const OptionalTensor& batch_norm);
+
+  WinogradSource source;
+  WinogradInput in{};  // without padding and tiles
+  Tensor map;
+
+ private:
+  Tensor mask_, z_, vectors_;
+};
+
+Gradient::Gradient(const Tensor& grad_output, const OptionalTensor& mask, int64_t images,
+                   at::IntArrayRef input_size, int64_t padding, int64_t prologue,
+                   const OptionalTensor& z, const OptionalTensor& batch_norm) {
+  TORCH_CHECK_VALUE(prologue >= 0 && prologue < 8, "winograd: prologue must be 0 to 7, got ",
+                    prologue);
+  constexpr WinogradSource kSources[] = {WinogradSource::plain,   WinogradSource::plain,
+                                         WinogradSource::bits,    WinogradSource::codes,
+                                         WinogradSource::bn,      WinogradSource::bn_bits,
+                                         WinogradSource::bn_sign, WinogradSource::bn_codes};
+  source = kSources[prologue];
+  const bool pooled = source == WinogradSource::codes || source == WinogradSource::bn_codes;
+  const bool bits = source == WinogradSource::bits || source == WinogradSource::bn_bits;
+  const bool normalized = prologue >= 4;
+
+  const int64_t channels = grad_output.size(1);
+  const int64_t height = input_size[0] + 2 * padding - 2;
+  const int64_t width = input_size[1] + 2 * padding - 2;
+  const int64_t divisor = pooled ? 2 : 1;
+  check_sizes(grad_output, "grad_output", at::kFloat,
+              {images, channels, height / divisor, width / divisor});
+  if (pooled) check_sizes(mask, "mask", at::kByte, {images, height / 2, width / 2, channels});
+  if (bits) check_sizes(mask, "mask", at::kByte, {images, height, width, divide_up(channels, 8)});
+  if (normalized) {
+    check_sizes(z, "z", at::kFloat, {images, channels, height, width});
+    const int64_t rows = source == WinogradSource::bn_sign ? 5 : 3;
+    check_sizes(batch_norm, "batch_norm", at::kFloat, {rows, channels});
+  }
+
+  map = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
+  in.x = map.const_data_ptr<float>();
+  if (pooled || bits) {
+    mask_ = mask->contiguous();
+    in.mask = mask_.const_data_ptr<uint8_t>();
+  }
+  if (normalized) {
+    z_ = z->contiguous(at::MemoryFormat::ChannelsLast);
+    vectors_ = batch_norm->contiguous();
+    in.z = z_.const_data_ptr<float>();
+    in.a = vectors_.const_data_ptr<float>();
+    in.b = in.a + channels;
+    in.c = in.b + channels;
+    in.scale = in.c + channels;
+    in.shift = in.scale + channels;
+  }
+  in.height = height;
+  in.width = width;
+  in.channels = channels;
+}
+
 }  // namespace
 
 Tensor winograd_pack(const Tensor& weight, bool dgrad, int64_t scheme) {
@@ -170,66 +233,60 @@ std::tuple<Tensor, Tensor> winograd_dgrad(const Tensor& grad_output, const Tenso
   check_map(grad_output, "grad_output");
   TORCH_CHECK_VALUE(input_size.size() == 2, "winograd: input_size must be (height, width), got ",
                     input_size);
-  TORCH_CHECK_VALUE(prologue >= 0 && prologue < 8, "winograd: prologue must be 0 to 7, got ",
-                    prologue);
-  constexpr WinogradSource kSources[] = {WinogradSource::plain,   WinogradSource::plain,
-                                         WinogradSource::bits,    WinogradSource::codes,
-                                         WinogradSource::bn,      WinogradSource::bn_bits,
-                                         WinogradSource::bn_sign, WinogradSource::bn_codes};
-  const WinogradSource source = kSources[prologue];
-  const bool pooled = source == WinogradSource::codes || source == WinogradSource::bn_codes;
-  const bool bits = source == WinogradSource::bits || source == WinogradSource::bn_bits;
-  const bool normalized = prologue >= 4;
-
   const SchemeInfo info = scheme_info(scheme);
   check_geometry(scheme, input_size[0], input_size[1], padding);
-  const int64_t images = grad_output.size(0), channels = grad_output.size(1);
-  const int64_t height = input_size[0] + 2 * padding - 2;
-  const int64_t width = input_size[1] + 2 * padding - 2;
-  const int64_t divisor = pooled ? 2 : 1;
-  check_sizes(grad_output, "grad_output", at::kFloat,
-              {images, channels, height / divisor, width / divisor});
-  check_packed(packed, info, channels, in_channels);
-  if (pooled) check_sizes(mask, "mask", at::kByte, {images, height / 2, width / 2, channels});
-  if (bits) check_sizes(mask, "mask", at::kByte, {images, height, width, divide_up(channels, 8)});
-  if (normalized) {
-    check_sizes(z, "z", at::kFloat, {images, channels, height, width});
-    const int64_t rows = source == WinogradSource::bn_sign ? 5 : 3;
-    check_sizes(batch_norm, "batch_norm", at::kFloat, {rows, channels});
-  }
-
-  const Tensor g = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
-  const Tensor m = pooled || bits ? mask->contiguous() : Tensor();
-  const Tensor saved = normalized ? z->contiguous(at::MemoryFormat::ChannelsLast) : Tensor();
-  const Tensor vectors = normalized ? batch_norm->contiguous() : Tensor();
-  Tensor grad_input = empty_map(g, in_channels, input_size[0], input_size[1]);
+  check_packed(packed, info, grad_output.size(1), in_channels);
+  const Gradient gradient(grad_output, mask, grad_output.size(0), input_size, padding, prologue, z,
+                          batch_norm);
+  Tensor grad_input = empty_map(gradient.map, in_channels, input_size[0], input_size[1]);
 
   Convolution conv{};
   conv.scheme = info;
-  conv.source = source;
+  conv.source = gradient.source;
   conv.epilogue = WinogradEpilogue::none;
   conv.packed = packed.const_data_ptr<float>();
-  conv.in.x = g.const_data_ptr<float>();
-  conv.in.mask = m.defined() ? m.const_data_ptr<uint8_t>() : nullptr;
-  if (normalized) {
-    conv.in.z = saved.const_data_ptr<float>();
-    conv.in.a = vectors.const_data_ptr<float>();
-    conv.in.b = conv.in.a + channels;
-    conv.in.c = conv.in.b + channels;
-    conv.in.scale = conv.in.c + channels;
-    conv.in.shift = conv.in.scale + channels;
-  }
-  conv.in.height = height;
-  conv.in.width = width;
-  conv.in.channels = channels;
+  conv.in = gradient.in;
   conv.in.padding = 2 - padding;
   conv.out.y = grad_input.mutable_data_ptr<float>();
   conv.out.height = input_size[0];
   conv.out.width = input_size[1];
   conv.out.channels = in_channels;
   const bool want_sums = prologue >= 1 && prologue <= 3;
-  Tensor grad_bias = run_winograd(conv, images, want_sums, g.options());
+  Tensor grad_bias = run_winograd(conv, grad_output.size(0), want_sums, gradient.map.options());
   return {grad_input, grad_bias};
+}
+
+Tensor winograd_wgrad(const Tensor& grad_output, const Tensor& input, const OptionalTensor& mask,
+                      int64_t padding, int64_t scheme, int64_t prologue, const OptionalTensor& z,
+                      const OptionalTensor& batch_norm, bool channels_last) {
+  check_map(grad_output, "grad_output");
+  check_map(input, "input");
+  const int64_t images = input.size(0), inputs = input.size(1), outputs = grad_output.size(1);
+  check_geometry(scheme, input.size(2), input.size(3), padding);
+  const Gradient gradient(grad_output, mask, images, input.sizes().slice(2), padding, prologue, z,
+                          batch_norm);
+  const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor weight =
+      at::empty({outputs, inputs, 3, 3},
+                x.options().memory_format(channels_last ? at::MemoryFormat::ChannelsLast
+                                                        : at::MemoryFormat::Contiguous));
+  if (images == 0) return weight.zero_();
+
+  WeightGradient work{};
+  work.scheme = scheme_info(scheme);
+  work.source = gradient.source;
+  work.grad = gradient.in;
+  work.input.x = x.const_data_ptr<float>();
+  work.input.height = x.size(2);
+  work.input.width = x.size(3);
+  work.input.channels = inputs;
+  work.input.padding = padding;
+  work.input.tile_rows = work.grad.tile_rows = divide_up(work.grad.height, work.scheme.tile);
+  work.input.tile_cols = work.grad.tile_cols = divide_up(work.grad.width, work.scheme.tile);
+  work.weight = {weight.mutable_data_ptr<float>(), 9 * inputs, 1, 3 * inputs, inputs};
+  if (!channels_last) work.weight = {work.weight.data, 9 * inputs, 9, 3, 1};
+  run_winograd_wgrad(work, images * work.grad.tile_rows * work.grad.tile_cols);
+  return weight;
 }
 
 // What a packed weight will take, before any is made: winograd_pack of a meta tensor.
@@ -245,6 +302,7 @@ TORCH_LIBRARY_IMPL(wus, CPU, m) {
   m.impl("winograd_pack", &winograd_pack);
   m.impl("winograd_forward", &winograd_forward);
   m.impl("winograd_dgrad", &winograd_dgrad);
+  m.impl("winograd_wgrad", &winograd_wgrad);
 }
 
 }  // namespace wus::cpu

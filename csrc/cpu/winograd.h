@@ -25,4 +25,9 @@ std::tuple<at::Tensor, at::Tensor> winograd_dgrad(const at::Tensor& grad_output,
                                                   const std::optional<at::Tensor>& z,
                                                   const std::optional<at::Tensor>& batch_norm);
 
+at::Tensor winograd_wgrad(const at::Tensor& grad_output, const at::Tensor& input,
+                          const std::optional<at::Tensor>& mask, int64_t padding, int64_t scheme,
+                          int64_t prologue, const std::optional<at::Tensor>& z,
+                          const std::optional<at::Tensor>& batch_norm, bool channels_last);
+
 }  // namespace wus::cpu

@@ -1,6 +1,8 @@
 // 3x3 convolution with unit stride by Winograd's minimal filtering, in three steps over tiles of
 // the output: transform the input patches, multiply frequency by frequency (gemm_kernels.h),
-// transform back. These are the serial steps; winograd.cpp schedules them.
+// transform back. The weight gradient is the adjoint: transform patches and gradients, multiply
+// over the tiles, transform back. These are the serial steps; winograd_schedule.cpp and
+// winograd_wgrad.cpp schedule them.
 #pragma once
 
 #include <stdint.h>
@@ -54,14 +56,21 @@ struct WinogradOutput {
   int64_t tile_rows, tile_cols;
 };
 
-// Where the transformed tiles lie: element [frequency * plane + tile * row + channel].
+// Where the transformed tiles lie: element [frequency * plane + tile * row + channel / p * panel +
+// channel % p] for a p of GemmKernels::panel channels; with panel = p a row is in one piece.
 struct WinogradTiles {
   float* data;
-  int64_t row, plane;
+  int64_t row, plane, panel;
 };
 
 struct WinogradWeight {
   const float* data;  // [outputs][inputs][3][3], with strides in floats
+  int64_t output, input, y, x;
+};
+
+// The gradient of a weight, likewise.
+struct WinogradGradient {
+  float* data;
   int64_t output, input, y, x;
 };
 
@@ -79,6 +88,14 @@ struct WinogradKernels {
   // packed[frequency * plane + input * panel + column].
   void (*weight[kWinogradSchemes])(const WinogradWeight&, int64_t columns, int64_t first,
                                    int64_t last, float* packed, int64_t plane);
+  // As `input`, for the tiles of a gradient that a weight gradient is made from; no sums.
+  void (*grad[kWinogradSchemes][kWinogradSources])(const WinogradInput&, int64_t first,
+                                                   int64_t last, const WinogradTiles& v,
+                                                   float* sums);
+  // The weight gradient of `outputs` x `inputs` channels, at most a panel of each, from
+  // blocks[frequency][output][input] of whole panels.
+  void (*wgrad[kWinogradSchemes])(const float* blocks, const WinogradGradient&, int64_t outputs,
+                                  int64_t inputs);
 };
 
 WUS_DECLARE_TABLE(WinogradKernels, winograd_kernels)

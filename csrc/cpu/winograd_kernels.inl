@@ -108,7 +108,7 @@ struct Owned {
 
 template <class Scheme, WinogradSource kSource, bool kFull>
 WUS_INLINE void input_block(const WinogradInput& in, const Pixel* pixels, const Owned& owned,
-                            int64_t channel, int n, float* v, int64_t plane, float* sums) {
+                            int64_t channel, int n, float* to, int64_t plane, float* sums) {
   constexpr int kPatch = Scheme::kPatch, kPoints = Scheme::kPoints;
   const ChannelVectors vectors = load_vectors<kSource, kFull>(in, channel, n);
   Vec half[kPoints][kPatch];
@@ -139,7 +139,7 @@ WUS_INLINE void input_block(const WinogradInput& in, const Pixel* pixels, const 
     Scheme::input(half[i], transformed);
 #pragma GCC unroll 9
     for (int j = 0; j < kPoints; ++j) {
-      store(v + (i * kPoints + j) * plane + channel, transformed[j]);
+      store(to + (i * kPoints + j) * plane, transformed[j]);
     }
   }
 }
@@ -152,24 +152,28 @@ static void input_tiles(const WinogradInput& in, int64_t first, int64_t last,
   const int before = Scheme::kPatch > Scheme::kTile ? (int)in.padding : 0;
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t col = tile % in.tile_cols, rest = tile / in.tile_cols;
-    const int64_t row = rest % in.tile_rows, image = rest / in.tile_rows;
+    const int64_t tile_row = rest % in.tile_rows, image = rest / in.tile_rows;
     Pixel pixels[Scheme::kPatch * Scheme::kPatch];
-    find_pixels<Scheme, kSource>(in, image, row * Scheme::kTile - before,
+    find_pixels<Scheme, kSource>(in, image, tile_row * Scheme::kTile - before,
                                  col * Scheme::kTile - before, pixels);
     Owned owned{};
     if (sums != nullptr) {
       // The pixels under the tile's own outputs; the last tile also takes what remains.
-      owned = {before, row + 1 == in.tile_rows ? Scheme::kPatch : before + Scheme::kTile, before,
-               col + 1 == in.tile_cols ? Scheme::kPatch : before + Scheme::kTile};
+      owned = {before, tile_row + 1 == in.tile_rows ? Scheme::kPatch : before + Scheme::kTile,
+               before, col + 1 == in.tile_cols ? Scheme::kPatch : before + Scheme::kTile};
     }
-    float* to = v.data + (tile - first) * v.row;
+    float* row = v.data + (tile - first) * v.row;
+    const auto to = [&](int64_t channel) {
+      return row + channel / kPanel * v.panel + channel % kPanel;
+    };
     int64_t channel = 0;
     for (; channel < whole; channel += kWidth) {
-      input_block<Scheme, kSource, true>(in, pixels, owned, channel, kWidth, to, v.plane, sums);
+      input_block<Scheme, kSource, true>(in, pixels, owned, channel, kWidth, to(channel), v.plane,
+                                         sums);
     }
     if (channel < in.channels) {
       input_block<Scheme, kSource, false>(in, pixels, owned, channel, (int)(in.channels - channel),
-                                          to, v.plane, sums);
+                                          to(channel), v.plane, sums);
     }
   }
 }
@@ -336,6 +340,42 @@ static void transform_weight(const WinogradWeight& w, int64_t columns, int64_t f
   }
 }
 
+template <class Scheme>
+static void weight_gradient(const float* blocks, const WinogradGradient& w, int64_t outputs,
+                            int64_t inputs) {
+  constexpr int kPoints = Scheme::kPoints;
+  for (int64_t output = 0; output < outputs; ++output) {
+    for (int64_t input = 0; input < inputs; input += kWidth) {
+      const float* from = blocks + output * kPanel + input;
+      const int n = inputs - input < kWidth ? (int)(inputs - input) : kWidth;
+      Vec half[3][kPoints];
+#pragma GCC unroll 9
+      for (int j = 0; j < kPoints; ++j) {
+        Vec column[kPoints], transformed[3];
+#pragma GCC unroll 9
+        for (int i = 0; i < kPoints; ++i) {
+          column[i] = load(from + (i * kPoints + j) * kPanel * kPanel);
+        }
+        Scheme::weight_adjoint(column, transformed);
+        for (int i = 0; i < 3; ++i) half[i][j] = transformed[i];
+      }
+      float* to = w.data + output * w.output + input * w.input;
+      for (int i = 0; i < 3; ++i) {
+        Vec taps[3];
+        Scheme::weight_adjoint(half[i], taps);
+        for (int j = 0; j < 3; ++j) {
+          float* tap = to + i * w.y + j * w.x;
+          if (w.input == 1) {
+            n == kWidth ? store(tap, taps[j]) : store_first(tap, taps[j], n);
+          } else {
+            for (int k = 0; k < n; ++k) tap[k * w.input] = taps[j][k];
+          }
+        }
+      }
+    }
+  }
+}
+
 #define WUS_INPUTS(scheme)                                                                        \
   {input_tiles<scheme, WinogradSource::plain>,      input_tiles<scheme, WinogradSource::bits>,    \
    input_tiles<scheme, WinogradSource::codes>,      input_tiles<scheme, WinogradSource::bn>,      \
@@ -350,6 +390,8 @@ extern const WinogradKernels winograd_kernels = {
     {WUS_INPUTS(Z2), WUS_INPUTS(F2), WUS_INPUTS(F4)},
     {WUS_OUTPUTS(Z2), WUS_OUTPUTS(F2), WUS_OUTPUTS(F4)},
     {transform_weight<Z2>, transform_weight<F2>, transform_weight<F4>},
+    {WUS_INPUTS(Z2Grad), WUS_INPUTS(F2Grad), WUS_INPUTS(F4Grad)},
+    {weight_gradient<Z2>, weight_gradient<F2>, weight_gradient<F4>},
 };
 
 #undef WUS_INPUTS

@@ -56,8 +56,8 @@ void run_by_tiles(const Work& conv, int64_t chunk) {
   const int64_t v_plane = chunk * v_row + 16, m_plane = chunk * m_row + 16;
   at::parallel_for(0, divide_up(conv.tiles, chunk), 1, [&](int64_t begin, int64_t end) {
     float* memory = scratch(frequencies * (v_plane + m_plane));
-    const WinogradTiles v{memory, v_row, v_plane};
-    const WinogradTiles m{memory + frequencies * v_plane, m_row, m_plane};
+    const WinogradTiles v{memory, v_row, v_plane, gemm.panel};
+    const WinogradTiles m{memory + frequencies * v_plane, m_row, m_plane, gemm.panel};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * chunk, last = std::min(conv.tiles, first + chunk);
       kernels.input[scheme][static_cast<int>(conv.source)](
@@ -87,8 +87,8 @@ void run_by_frequencies(const Work& conv, int64_t chunk) {
   const int64_t round = std::clamp<int64_t>(fitting / chunk, 1, divide_up(conv.tiles, chunk));
   const int64_t v_plane = round * chunk * v_row + 16, m_plane = round * chunk * m_row + 16;
   float* memory = scratch(frequencies * (v_plane + m_plane));
-  const WinogradTiles v{memory, v_row, v_plane};
-  const WinogradTiles m{memory + frequencies * v_plane, m_row, m_plane};
+  const WinogradTiles v{memory, v_row, v_plane, gemm.panel};
+  const WinogradTiles m{memory + frequencies * v_plane, m_row, m_plane, gemm.panel};
   const int64_t groups = std::min(panels, divide_up(4 * at::get_num_threads(), frequencies));
 
   const int64_t chunks = divide_up(conv.tiles, chunk);
@@ -96,7 +96,8 @@ void run_by_frequencies(const Work& conv, int64_t chunk) {
     const int64_t stop = std::min(chunks, start + round), base = start * chunk;
     const int64_t rows = std::min(conv.tiles, stop * chunk) - base;
     const auto shifted = [&](const WinogradTiles& tiles, int64_t i) {
-      return WinogradTiles{tiles.data + (i - start) * chunk * tiles.row, tiles.row, tiles.plane};
+      return WinogradTiles{tiles.data + (i - start) * chunk * tiles.row, tiles.row, tiles.plane,
+                           tiles.panel};
     };
     at::parallel_for(start, stop, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

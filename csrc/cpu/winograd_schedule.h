@@ -34,4 +34,14 @@ struct Convolution {
 at::Tensor run_winograd(const Convolution& convolution, int64_t images, bool want_sums,
                         const at::TensorOptions& options);
 
+struct WeightGradient {
+  SchemeInfo scheme;
+  WinogradSource source;  // of `grad`
+  WinogradInput input, grad;
+  WinogradGradient weight;
+};
+
+// Writes the weight gradient of a convolution with this many tiles, at least one.
+void run_winograd_wgrad(const WeightGradient& gradient, int64_t tiles);
+
 }  // namespace wus::cpu

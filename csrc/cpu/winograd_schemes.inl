@@ -3,7 +3,7 @@
 namespace wus::cpu::WUS_ISA {
 
 // One dimension of each scheme: y = At [(G g) * (Bt d)] with kPatch inputs d, kPoints products and
-// kTile outputs y.
+// kTile outputs y. weight_adjoint is Gt.
 
 // F(4,3) at the points 0, 1, -1, 1/2, -2 and infinity, whose rounding error is below that of the
 // usual 0, +-1, +-2.
@@ -34,6 +34,13 @@ struct F4 {
     u[4] = (g[0] - 2.f * g[1] + 4.f * g[2]) * (1.f / 15);
     u[5] = g[2];
   }
+  static WUS_INLINE void weight_adjoint(const Vec* u, Vec* g) {
+    const Vec sum = (u[1] + u[2]) * (1.f / 3), difference = (u[1] - u[2]) * (1.f / 3);
+    const Vec third = u[3] * (-4.f / 15), fourth = u[4] * (1.f / 15);
+    g[0] = (u[0] + difference) + (4.f * third + fourth);
+    g[1] = sum + (2.f * third - 2.f * fourth);
+    g[2] = (u[5] + difference) + (third + 4.f * fourth);
+  }
 };
 
 // F(2,3) at the points 0, 1, -1 and infinity.
@@ -56,6 +63,12 @@ struct F2 {
     u[2] = 0.5f * (ends - g[1]);
     u[3] = g[2];
   }
+  static WUS_INLINE void weight_adjoint(const Vec* u, Vec* g) {
+    const Vec half = 0.5f * (u[1] + u[2]);
+    g[0] = u[0] + half;
+    g[1] = 0.5f * (u[1] - u[2]);
+    g[2] = u[3] + half;
+  }
 };
 
 // Two pixels a, b between zeros: g1 a + g2 b and g0 a + g1 b share the product g1 (a + b).
@@ -74,6 +87,46 @@ struct Z2 {
     u[0] = g[1];
     u[1] = g[2] - g[1];
     u[2] = g[0] - g[1];
+  }
+  static WUS_INLINE void weight_adjoint(const Vec* u, Vec* g) {
+    g[0] = u[2];
+    g[1] = u[0] - (u[1] + u[2]);
+    g[2] = u[1];
+  }
+};
+
+// The weight gradient's view of a scheme: the patch is a tile of the output's gradient, and the
+// transform of it is A.
+
+struct F4Grad {
+  static constexpr int kTile = 4, kPatch = 4, kPoints = 6;
+  static WUS_INLINE void input(const Vec* d, Vec* v) {
+    const Vec even = d[0] + d[2], odd = d[1] + d[3];
+    v[0] = d[0];
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = (d[0] + 0.25f * d[2]) + (0.5f * d[1] + 0.125f * d[3]);
+    v[4] = (d[0] + 4.f * d[2]) - (2.f * d[1] + 8.f * d[3]);
+    v[5] = d[3];
+  }
+};
+
+struct F2Grad {
+  static constexpr int kTile = 2, kPatch = 2, kPoints = 4;
+  static WUS_INLINE void input(const Vec* d, Vec* v) {
+    v[0] = d[0];
+    v[1] = d[0] + d[1];
+    v[2] = d[0] - d[1];
+    v[3] = d[1];
+  }
+};
+
+struct Z2Grad {
+  static constexpr int kTile = 2, kPatch = 2, kPoints = 3;
+  static WUS_INLINE void input(const Vec* d, Vec* v) {
+    v[0] = d[0] + d[1];
+    v[1] = d[0];
+    v[2] = d[1];
   }
 };
 
