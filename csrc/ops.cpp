@@ -92,6 +92,8 @@ TORCH_LIBRARY(wus, m) {
   //
   // weight [K, C, 3, 3], any strides -> float32 [36 | 16 | 9, *], good for this process only.
   m.def("winograd_pack(Tensor weight, bool dgrad, int scheme) -> Tensor");
+  // Packs a weight where another of its shape was packed.
+  m.def("winograd_pack_(Tensor(a!) packed, Tensor weight, bool dgrad, int scheme) -> Tensor(a!)");
   // input [N, C, H, W]; H' = H + 2 * padding - 2, W' likewise; output channels_last.
   // epilogue 0: -> [N, K, H', W'], uint8 [0]
   //   1, ReLU: -> [N, K, H', W'], bit mask uint8 [N, H', W', ceil(K / 8)]

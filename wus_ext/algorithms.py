@@ -1,7 +1,7 @@
-"""Convolutions with frozen weights: forward and data gradient.
+"""Convolutions on weights prepared beforehand: forward, data gradient and weight gradient.
 
-An algorithm is made for one layer, one input size and one window, holds the weights in the form it
-needs, and is shared by the chains of :mod:`wus_ext.chains`. All take and give tensors in
+An algorithm is made for one layer, one input size and the weights as they are, holds them in the
+form it needs, and is shared by the chains of :mod:`wus_ext.chains`. All take and give tensors in
 channels_last; on the CPU in float32, on a GPU in the chain's type, where biases and their gradients
 may be float32 all the same.
 """
@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,18 @@ PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act.RELU_POOL: 3}
 NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act.RELU_POOL: 7}
 
 
+class Trained(NamedTuple):
+    """What the gradient of a weight is made from, besides the output's gradient."""
+
+    input: Tensor
+    weight: Tensor
+
+
 class Algorithm(ABC):
-    """A convolution with frozen weights, and what surrounds it in a chain."""
+    """A convolution on given weights, and what surrounds it in a chain.
+
+    Where backward is handed what trains the weight, it gives the weight's gradient too.
+    """
 
     geometry: Geometry
 
@@ -52,9 +63,15 @@ class Algorithm(ABC):
 
     @abstractmethod
     def backward(
-        self, grad: Tensor, mask: Tensor | None, act: Act, need_input: bool, need_bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of input and bias."""
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_bias: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, bias and weight."""
 
     @abstractmethod
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +82,25 @@ class Algorithm(ABC):
         """The gradient of the input."""
 
     @abstractmethod
-    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
-        """The gradient of the input, through an activation and a normalisation of ``z``."""
+    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
+        """The gradient of the weight."""
+
+    @abstractmethod
+    def backward_norm(
+        self,
+        grad: Tensor,
+        z: Tensor,
+        coefficients: tuple,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_residual: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the input, of what was added before ``act``, and of the weight.
+
+        They go through an activation and a normalisation of ``z``.
+        """
 
     def forward_add(
         self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
@@ -77,15 +111,6 @@ class Algorithm(ABC):
             return ops.add_relu_mask(output, residual)
         output += residual
         return output, None
-
-    def backward_norm_add(
-        self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act, need_input: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """Gradients of the input, as ``dgrad_norm``, and of what was added before ``act``."""
-        if act == Act.RELU:
-            grad = ops.apply_mask(grad, mask)
-        dgrad = self.dgrad_norm(grad, z, coefficients, None, Act.NONE) if need_input else None
-        return dgrad, grad
 
 
 class Unfused(Algorithm):
@@ -100,29 +125,68 @@ class Unfused(Algorithm):
         return output, None
 
     def backward(
-        self, grad: Tensor, mask: Tensor | None, act: Act, need_input: bool, need_bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        grad, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_input, need_bias)
-        return (self.dgrad(grad) if need_input else None), grad_bias
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_bias: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_grad = need_input or trained is not None
+        grad, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_grad, need_bias)
+        grad_input, grad_weight = self._gradients(grad, need_input, trained)
+        return grad_input, grad_bias, grad_weight
 
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         output = self._convolve(input, bias)
         mean, var = ops.batch_norm_stats(output)
         return output, mean, var
 
-    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
-        grad_z, _ = ops.batch_norm_grad_input(grad, z, *coefficients, mask, act=int(act))
-        return self.dgrad(grad_z)
-
-    def backward_norm_add(
-        self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act, need_input: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        if act != Act.RELU or not need_input:
-            return super().backward_norm_add(grad, z, coefficients, mask, act, need_input)
+    def backward_norm(
+        self,
+        grad: Tensor,
+        z: Tensor,
+        coefficients: tuple,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_residual: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        relu = act == Act.RELU
+        if not need_input and trained is None:
+            return None, ops.apply_mask(grad, mask) if relu else grad, None
         grad_z, grad_residual = ops.batch_norm_grad_input(
-            grad, z, *coefficients, mask, act=int(act), need_grad_residual=True
+            grad, z, *coefficients, mask, act=int(act), need_grad_residual=relu and need_residual
         )
-        return self.dgrad(grad_z), grad_residual
+        grad_input, grad_weight = self._gradients(grad_z, need_input, trained)
+        return grad_input, grad_residual if relu else grad, grad_weight
+
+    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
+        g, (input, weight) = self.geometry, trained
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return aten.convolution_backward(
+            grad,
+            input,
+            weight,
+            None,
+            g.stride,
+            g.padding,
+            g.dilation,
+            False,
+            [0, 0],
+            g.groups,
+            [False, True, False],
+        )[1]
+
+    def _gradients(
+        self, grad: Tensor | None, need_input: bool, trained: Trained | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            self.dgrad(grad) if need_input else None,
+            None if trained is None else self.wgrad(grad, trained),
+        )
 
     @abstractmethod
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -231,13 +295,23 @@ class Winograd(Algorithm):
         return output, (None if act == Act.NONE else mask)
 
     def backward(
-        self, grad: Tensor, mask: Tensor | None, act: Act, need_input: bool, need_bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_bias: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_weight = None
+        if trained is not None:
+            grad_weight = self._weigh(grad, trained, mask, PROLOGUES[act])
         if not need_input:
-            return None, masked(grad, mask, act, self.output_size, False, need_bias)[1]
+            _, grad_bias = masked(grad, mask, act, self.output_size, False, need_bias)
+            return None, grad_bias, grad_weight
         if act == Act.NONE and not need_bias:
-            return self.dgrad(grad), None
-        return self._deconvolve(grad, mask, PROLOGUES[act])
+            return self.dgrad(grad), None, grad_weight
+        return *self._deconvolve(grad, mask, PROLOGUES[act]), grad_weight
 
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         output, statistics = self._convolve(input, bias, STATISTICS)
@@ -246,10 +320,33 @@ class Winograd(Algorithm):
     def dgrad(self, grad: Tensor) -> Tensor:
         return self._deconvolve(grad, None, PLAIN)[0]
 
-    def dgrad_norm(self, grad: Tensor, z: Tensor, coefficients: tuple, mask, act: Act) -> Tensor:
-        if act == Act.RELU:
+    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
+        return self._weigh(grad, trained, None, PLAIN)
+
+    def backward_norm(
+        self,
+        grad: Tensor,
+        z: Tensor,
+        coefficients: tuple,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_residual: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_residual = None
+        if need_residual:
+            if act == Act.RELU:
+                grad, mask, act = ops.apply_mask(grad, mask), None, Act.NONE
+            grad_residual = grad
+        elif act == Act.RELU:
             mask = mask.view(z.size(0), *self.output_size, -1)
-        return self._deconvolve(grad, mask, NORM_PROLOGUES[act], z, torch.stack(coefficients))[0]
+        rest = mask, NORM_PROLOGUES[act], z, torch.stack(coefficients)
+        return (
+            self._deconvolve(grad, *rest)[0] if need_input else None,
+            grad_residual,
+            None if trained is None else self._weigh(grad, trained, *rest),
+        )
 
     def _convolve(self, input: Tensor, bias: Tensor | None, epilogue: int) -> tuple[Tensor, Tensor]:
         return ops.winograd_forward(
@@ -275,6 +372,28 @@ class Winograd(Algorithm):
             prologue,
             z,
             coefficients,
+        )
+
+    def _weigh(
+        self,
+        grad: Tensor,
+        trained: Trained,
+        mask: Tensor | None,
+        prologue: int,
+        z: Tensor | None = None,
+        coefficients: Tensor | None = None,
+    ) -> Tensor:
+        input, weight = trained
+        return ops.winograd_wgrad(
+            grad,
+            input,
+            mask,
+            self.padding,
+            self.scheme,
+            prologue,
+            z,
+            coefficients,
+            weight.is_contiguous(memory_format=torch.channels_last),
         )
 
 
@@ -318,7 +437,9 @@ def choose(
         return OnGpu(geometry, _cast(conv, weight, sources, packed, dtype))
     for scheme in schemes(conv, geometry, options.algo):
         pack = partial(ops.winograd_pack, scheme=int(scheme))
-        if copies := _packed(packed, (conv, scheme), conv.weight, weight, sources, pack, backward):
+        again = partial(ops.winograd_pack_, scheme=int(scheme))
+        key = (conv, scheme)
+        if copies := _packed(packed, key, conv.weight, weight, sources, pack, backward, again):
             return Winograd(conv, geometry, scheme, *copies)
     if suits_strided(conv, geometry, options.algo):
         pack = ops.strided_pack
@@ -353,15 +474,25 @@ def _packed(
     sources: tuple[Tensor, ...],
     pack: Callable[..., Tensor],
     backward: bool,
+    again: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """A weight packed for the forward pass and the data gradient, or None over the budget."""
+    """A weight packed for the forward pass and the data gradient, or None over the budget.
+
+    `again` packs it where it was packed before.
+    """
     keys = [(*key, len(sources), direction) for direction in ("forward", "dgrad")]
     if not packed.fits(keys, lambda: packed_nbytes(shaped, pack)):
         return None
-    forward = packed.get(keys[0], sources, lambda: pack(weight(), False))
-    if not backward:
-        return forward, None
-    return forward, packed.get(keys[1], sources, lambda: pack(weight(), True))
+
+    def copy(key: tuple, dgrad: bool) -> Tensor:
+        return packed.get(
+            key,
+            sources,
+            lambda: pack(weight(), dgrad),
+            None if again is None else lambda old: again(old, weight(), dgrad),
+        )
+
+    return copy(keys[0], False), copy(keys[1], True) if backward else None
 
 
 def packed_nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:

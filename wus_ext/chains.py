@@ -1,4 +1,6 @@
-"""The fused chains of the skip program: layers that run as one and save masks, not activations.
+"""The fused chains of a program: layers that run as one and save masks, not activations.
+
+Where a chain's weight trains (options.full), its input is saved too.
 
 A chain refers to the model's own layers, so parameters, buffers and modes are shared. Where the
 fused kernels do not apply (another dtype or device, a layer that does not skip), a chain
@@ -21,7 +23,7 @@ from .linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .options import SkipOptions
 from .packing import PackedWeights
 from .products import FrozenProduct
-from .support import fused_dtype, takes
+from .support import fused_dtype, on_gpu, takes
 
 
 @dataclass
@@ -75,7 +77,7 @@ class ConvChain:
             dtype is None
             or input.dim() != 4
             or input.size(1) != conv.in_channels
-            or not conv.skip_wgrad
+            or not may_fuse(conv, self.options)
             or conv.padding_mode != "zeros"
             or isinstance(conv.padding, str)
         ):
@@ -95,8 +97,8 @@ class ConvChain:
     def _norm_fits(self, size: tuple[int, ...]) -> bool:
         norm = self.norm
         batch = skip_nn.uses_batch_statistics(norm)
-        if norm.weight is not None and norm.weight.requires_grad and not batch:
-            return False  # a scale that trains cannot be folded away
+        if not batch and (trains(norm.weight) or trains(self._weight())):
+            return False  # what trains cannot be folded away
         return (
             norm.num_features == size[1]
             and (norm.weight is None or norm.weight.dtype == torch.float32)
@@ -106,7 +108,7 @@ class ConvChain:
 
     def _fused(self, input: Tensor, residual: Tensor | None, below: Held | None) -> Tensor | Held:
         conv, norm = self.conv, self.norm
-        geometry = Geometry.of(conv, input)
+        geometry, trained = Geometry.of(conv, input), self._weight()
         weight, sources = conv.weight.detach, (conv.weight,)
         backward = wants_dgrad(input) if below is None else below.wants_grad()
         if norm is not None and skip_nn.uses_batch_statistics(norm):
@@ -116,22 +118,26 @@ class ConvChain:
             if gamma is not None and getattr(norm, "skip_wgrad", False):
                 gamma = gamma.detach()
             return ConvNormAct.apply(
-                input, conv.bias, gamma, norm.bias, residual, algorithm, norm, self.act
+                input, conv.bias, trained, gamma, norm.bias, residual, algorithm, norm, self.act
             )
         bias = conv.bias
         if norm is not None:
             weight, bias, sources = fold(conv, norm)
         algorithm = self._choose(input, geometry, weight, sources, backward)
-        if isinstance(algorithm, Unfused):
+        if isinstance(algorithm, Unfused) and not trains(trained):
             hold = self.above is not None and self.act == Act.RELU and torch.is_grad_enabled()
             if hold or below is not None:
                 layer = ConvLayer(algorithm, self.act, "cudnn" in self.options.epilogues)
                 return linked(layer, input, bias, residual, below, hold)
-        elif below is not None:
+        if below is not None:
             input = below.settled()
         if residual is not None:
-            return ConvAddAct.apply(input, bias, residual, algorithm, self.act)
-        return ConvAct.apply(input, bias, algorithm, self.act)
+            return ConvAddAct.apply(input, bias, trained, residual, algorithm, self.act)
+        return ConvAct.apply(input, bias, trained, algorithm, self.act)
+
+    def _weight(self) -> Tensor | None:
+        """The weight, for its gradient; None in a skip step."""
+        return None if self.conv.skip_wgrad else self.conv.weight
 
     def _choose(
         self,
@@ -180,11 +186,16 @@ class LinearChain:
             return input
         input = input.to(dtype)
         bias, p = self.linear.bias, self._p()
+        if not self.linear.skip_wgrad:
+            input = input if below is None else below.settled()
+            weight = self.linear.weight
+            product = FrozenProduct(weight.detach(), ())
+            return LinearAct.apply(input, bias, weight, product, self.relu, p)
         backward = wants_dgrad(input) if below is None else below.wants_grad()
         product = FrozenProduct.of(self.linear, input, self.packed, backward)
         hold = self.above is not None and self.relu and p == 0.0 and torch.is_grad_enabled()
         if not hold and below is None:
-            return LinearAct.apply(input, bias, product, self.relu, p)
+            return LinearAct.apply(input, bias, None, product, self.relu, p)
         opaque = hold and self._suits_cublaslt(input)
         layer = LinearLayer(product, self.relu, p, opaque, below is not None and below.opaque)
         return linked(layer, input, bias, None, below, hold)
@@ -192,7 +203,7 @@ class LinearChain:
     def _fused_dtype(self, input: Tensor, features: int) -> torch.dtype | None:
         """The type in which the chain can run fused on [N, features] like `input`, or None."""
         linear = self.linear
-        fits = features == linear.in_features and linear.skip_wgrad and self._p() < 1.0
+        fits = features == linear.in_features and may_fuse(linear, self.options) and self._p() < 1.0
         return fused_dtype(input, linear.weight, linear.bias) if fits else None
 
     def _p(self) -> float:
@@ -229,6 +240,16 @@ class DropoutChain:
 def opened(input: Tensor | Held) -> tuple[Held | None, Tensor]:
     """What the chain below left to do, if it did, and its output."""
     return (input, input.output) if isinstance(input, Held) else (None, input)
+
+
+def may_fuse(layer: skip_nn.SkipLayer, options: SkipOptions) -> bool:
+    """Whether a layer may run fused: it skips, or its full steps are not to be stock's."""
+    return layer.skip_wgrad or (options.full == "fused" and not on_gpu(layer.weight))
+
+
+def trains(weight: Tensor | None) -> bool:
+    """Whether a weight is to get a gradient."""
+    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
 
 
 def wants_dgrad(input: Tensor) -> bool:

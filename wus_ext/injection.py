@@ -70,7 +70,7 @@ class SkipModule(SkipLayer):
 
 
 class SkipModel(SkipModule):
-    """Mixin of a converted model's root: runs the full program or the skip program."""
+    """Mixin of a converted model's root: runs its own code, or the program made from it."""
 
     #: None in what a model makes of its own class, a slice of a Sequential for one.
     _skip_programs: ProgramCache | None = None
@@ -84,7 +84,7 @@ class SkipModel(SkipModule):
         if cache is None:
             return super().forward(*args, **kwargs)
         _notify(self)
-        if not self.skip_window:
+        if not self.skip_window and cache.options.full == "stock":
             cache.end_window()
             return super().forward(*args, **kwargs)
         program = None

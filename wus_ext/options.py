@@ -1,4 +1,4 @@
-"""How skip steps run: the settings of :func:`wus_ext.convert`."""
+"""How a converted model's steps run: the settings of :func:`wus_ext.convert`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from ._build import build_info
 
 NORMS = ("batch", "frozen")
 ALGORITHMS = ("auto", "direct", "f2", "f4")
+FULL = ("stock", "fused")
 #: Each with the entry of build_info() that says whether this build has it.
 EPILOGUES = {"plain": None, "cublaslt": "cuda", "cudnn": "cudnn_frontend"}
 
 
 @dataclass(frozen=True)
 class SkipOptions:
-    """Settings of a converted model's skip steps; full steps are stock whatever they are.
+    """Settings of a converted model's steps.
 
     Args:
         skip_gamma: the scale of normalisation layers counts as a weight (default True).
@@ -38,6 +39,9 @@ class SkipOptions:
             may differ in rounding; not used where cuDNN is off or must be deterministic.
             ``"plain"``: the same order of work with the kernels that are used anyway, results bit
             for bit the same. Default: none. Not yet run on a GPU.
+        full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
+            ``"fused"``, on the CPU in float32: the same chains and convolutions as in skip steps,
+            with weight gradients by Winograd as well; equal to stock's up to rounding.
 
     Raises:
         ValueError: for a value that is none of these, or an epilogue that this build does not have;
@@ -50,9 +54,10 @@ class SkipOptions:
     memory_budget: int | None = None
     fuse: bool = True
     epilogues: Collection[str] = ()
+    full: str = "stock"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("norm", NORMS), ("algo", ALGORITHMS)):
+        for name, allowed in (("norm", NORMS), ("algo", ALGORITHMS), ("full", FULL)):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
@@ -65,6 +70,8 @@ class SkipOptions:
             raise ValueError(
                 "norm='frozen' needs skip_gamma=True: a layer that trains is not frozen"
             )
+        if self.full == "fused" and not self.fuse:
+            raise ValueError("full='fused' needs fuse=True: full steps run the fused chains")
         budget = self.memory_budget
         if budget is not None and (not isinstance(budget, int) or budget < 0):
             raise ValueError(

@@ -1,12 +1,13 @@
-"""Transformed copies of frozen weights: made once a window, within a memory budget.
+"""Transformed copies of weights: made once a skip window, within a memory budget.
 
 Weights stand still for a whole skip window, so what a convolution algorithm makes of them can be
 kept. A copy is made again when the weight's version counter or address says that the weight has
-changed, and all are dropped when the window ends.
+changed, and all are dropped when the window ends, unless full steps use them too.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 
@@ -35,13 +36,19 @@ class PackedWeights:
         key: tuple[Hashable, ...],
         sources: tuple[Tensor, ...],
         make: Callable[[], Tensor],
+        remake: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The copy named `key`, made by `make` unless `sources` are what they were."""
+        """The copy named `key`, made by `make` unless `sources` are what they were.
+
+        `remake` makes it in the place of the old one, where no graph may still need that.
+        """
         stamp = tuple((source.data_ptr(), source._version) for source in sources)
-        copy = self._copies.get(key)
+        copy = self._copies.pop(key, None)
         if copy is None or copy.stamp != stamp:
-            self._copies.pop(key, None)
-            copy = self._copies[key] = _Copy(stamp, make())
+            # Two references: the copy's own, and getrefcount's argument.
+            reuse = remake and copy is not None and sys.getrefcount(copy.tensor) == 2
+            copy = _Copy(stamp, remake(copy.tensor) if reuse else make())
+        self._copies[key] = copy
         return copy.tensor
 
     def fits(self, keys: list[tuple[Hashable, ...]], nbytes: Callable[[], int]) -> bool:

@@ -1,4 +1,6 @@
-"""The skip program: what a converted model runs in a skip step, derived from it by torch.fx.
+"""The program that a converted model runs in a skip step, derived from it by torch.fx.
+
+With ``full="fused"`` it runs in full steps as well.
 
 The model's own ``forward`` is traced once, with every layer a leaf; chains of layers that belong
 together become one call of :mod:`wus_ext.chains`. The program holds no parameters: it runs on the
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -119,9 +121,14 @@ class ProgramCache:
         logger.info("%s: fused %d chains", type(model).__name__, len(program.chains))
         return program
 
-    def end_window(self) -> None:
-        """Weights are about to change: drops what was made of them."""
-        self.packed.clear()
+    def end_window(self, layers: Collection[nn.Module] | None = None) -> None:
+        """Weights of these layers, or all, are about to change: drops what was made of them."""
+        if self.options.full == "fused":
+            return  # full steps make it again in its place
+        if layers is None:
+            self.packed.clear()
+        else:
+            self.packed.drop(layers)
 
 
 class _Scope:

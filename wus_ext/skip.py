@@ -54,8 +54,9 @@ def convert(
     memory_budget: int | None = None,
     fuse: bool = True,
     epilogues: Collection[str] = (),
+    full: str = "stock",
 ) -> Model:
-    """Makes a model skip-aware, in place; full steps stay stock PyTorch, bit for bit.
+    """Makes a model skip-aware, in place; full steps stay stock PyTorch unless asked otherwise.
 
     ``Conv2d``, ``Linear`` and normalisation layers become the drop-ins of :mod:`wus_ext.nn`
     wherever they appear, also twice; any other layer stays stock and has its weights detached in
@@ -81,6 +82,10 @@ def convert(
             where cuBLASLt can; its ReLU may turn NaN into 0), ``"cudnn"`` (convolutions of stride 1
             on a GPU, where cuDNN can and is faster), ``"plain"`` (what is used anyway, in that
             order; the same bit for bit). Default: none. Not yet run on a GPU.
+        full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
+            ``"fused"``: on the CPU in float32, the skip step's chains and convolutions, and weight
+            gradients by Winograd; equal to stock's up to the rounding of ``algo``, without second
+            derivatives. Elsewhere, and under ``torch.compile``, full steps stay stock.
 
     Returns:
         The same object.
@@ -102,7 +107,7 @@ def convert(
 tensor (8 values) trains
     """
     check_module(model)
-    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse, epilogues)
+    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse, epilogues, full)
     set_wrappers(model, make_skip_aware)
     root = unwrap(model)
     for name, module in root.named_modules():

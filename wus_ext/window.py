@@ -97,7 +97,7 @@ def set_skip(
     note_windows(root, skippable)
     for module in root.modules():
         if isinstance(module, SkipModel) and module._skip_programs is not None and not skip:
-            module._skip_programs.packed.drop(chosen)
+            module._skip_programs.end_window(chosen)
 
 
 def note_windows(root: nn.Module, skippable: Skippable) -> None:

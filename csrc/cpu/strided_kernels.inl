@@ -86,12 +86,13 @@ static void strided_input(const WinogradInput& in, int64_t first, int64_t last,
     float* to = v.data + (tile - first) * v.row;
     int64_t channel = 0;
     for (; channel < whole; channel += kWidth) {
-      input_block<Scheme, WinogradSource::plain, true>(in, pixels, Owned{}, channel, kWidth, to,
-                                                       v.plane, nullptr);
+      input_block<Scheme, WinogradSource::plain, true>(in, pixels, Owned{}, channel, kWidth,
+                                                       to + channel, v.plane, nullptr);
     }
     if (channel < in.channels) {
-      input_block<Scheme, WinogradSource::plain, false>(
-          in, pixels, Owned{}, channel, (int)(in.channels - channel), to, v.plane, nullptr);
+      input_block<Scheme, WinogradSource::plain, false>(in, pixels, Owned{}, channel,
+                                                        (int)(in.channels - channel), to + channel,
+                                                        v.plane, nullptr);
     }
   }
 }

@@ -65,6 +65,12 @@ Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t w
                    like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
+Tensor empty_pack(const Tensor& weight, bool dgrad, int64_t scheme) {
+  const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
+  return at::empty({scheme_info(scheme).frequencies, plane_size(inputs, outputs)},
+                   weight.options());
+}
+
 // The gradient of a convolution's output as a prologue reads it; checks what belongs to it.
 struct Gradient {
   Gradient(const Tensor& grad_output, const OptionalTensor& mask, int64_t images,
@@ -130,12 +136,13 @@ Gradient::Gradient(const Tensor& grad_output, const OptionalTensor& mask, int64_
 
 }  // namespace
 
-Tensor winograd_pack(const Tensor& weight, bool dgrad, int64_t scheme) {
+Tensor& winograd_pack_(Tensor& packed, const Tensor& weight, bool dgrad, int64_t scheme) {
   check_map(weight, "weight");
   TORCH_CHECK_VALUE(weight.size(2) == 3 && weight.size(3) == 3,
                     "winograd: weight must be [outputs, inputs, 3, 3], got shape ", weight.sizes());
   const SchemeInfo info = scheme_info(scheme);
   const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
+  check_packed(packed, info, inputs, outputs);
   WinogradWeight w{weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1),
                    weight.stride(2), weight.stride(3)};
   if (dgrad) {
@@ -148,7 +155,6 @@ Tensor winograd_pack(const Tensor& weight, bool dgrad, int64_t scheme) {
   const auto kernel = WUS_DISPATCH(winograd_kernels).weight[static_cast<int>(info.kernel)];
   const int64_t panel = WUS_DISPATCH(gemm_kernels).panel, panels = divide_up(outputs, panel);
   const int64_t plane = plane_size(inputs, outputs);
-  Tensor packed = at::empty({info.frequencies, plane}, weight.options());
   float* data = packed.mutable_data_ptr<float>();
   for (int64_t f = 0; f < info.frequencies; ++f) {
     std::fill_n(data + (f + 1) * plane - panel, panel, 0.f);
@@ -165,6 +171,12 @@ Tensor winograd_pack(const Tensor& weight, bool dgrad, int64_t scheme) {
     }
   });
   return packed;
+}
+
+Tensor winograd_pack(const Tensor& weight, bool dgrad, int64_t scheme) {
+  check_map(weight, "weight");
+  Tensor packed = empty_pack(weight, dgrad, scheme);
+  return winograd_pack_(packed, weight, dgrad, scheme);
 }
 
 std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& packed,
@@ -290,16 +302,11 @@ Tensor winograd_wgrad(const Tensor& grad_output, const Tensor& input, const Opti
 }
 
 // What a packed weight will take, before any is made: winograd_pack of a meta tensor.
-Tensor winograd_pack_meta(const Tensor& weight, bool dgrad, int64_t scheme) {
-  const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
-  return at::empty({scheme_info(scheme).frequencies, plane_size(inputs, outputs)},
-                   weight.options());
-}
-
-TORCH_LIBRARY_IMPL(wus, Meta, m) { m.impl("winograd_pack", &winograd_pack_meta); }
+TORCH_LIBRARY_IMPL(wus, Meta, m) { m.impl("winograd_pack", &empty_pack); }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) {
   m.impl("winograd_pack", &winograd_pack);
+  m.impl("winograd_pack_", &winograd_pack_);
   m.impl("winograd_forward", &winograd_forward);
   m.impl("winograd_dgrad", &winograd_dgrad);
   m.impl("winograd_wgrad", &winograd_wgrad);

@@ -11,6 +11,8 @@
 namespace wus::cpu {
 
 at::Tensor winograd_pack(const at::Tensor& weight, bool dgrad, int64_t scheme);
+at::Tensor& winograd_pack_(at::Tensor& packed, const at::Tensor& weight, bool dgrad,
+                           int64_t scheme);
 
 std::tuple<at::Tensor, at::Tensor> winograd_forward(
     const at::Tensor& input, const at::Tensor& packed, const std::optional<at::Tensor>& bias,

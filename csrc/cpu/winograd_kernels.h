@@ -88,7 +88,8 @@ struct WinogradKernels {
   // packed[frequency * plane + input * panel + column].
   void (*weight[kWinogradSchemes])(const WinogradWeight&, int64_t columns, int64_t first,
                                    int64_t last, float* packed, int64_t plane);
-  // As `input`, for the tiles of a gradient that a weight gradient is made from; no sums.
+  // As `input`, for the tiles of a gradient that a weight gradient is made from; no sums, and not
+  // from the affine sources.
   void (*grad[kWinogradSchemes][kWinogradSources])(const WinogradInput&, int64_t first,
                                                    int64_t last, const WinogradTiles& v,
                                                    float* sums);
