@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .geometry import Geometry, Scheme, schemes, suits_strided
 from .options import SkipOptions
 from .packing import PackedWeights
-from .support import on_gpu
+from .support import Unchanged, on_gpu
 
 ops = torch.ops.wus
 aten = torch.ops.aten
@@ -199,9 +199,10 @@ class Direct(Unfused):
     def __init__(self, geometry: Geometry, weight: Tensor) -> None:
         self.geometry = geometry
         self.weight = weight
+        self._unchanged = Unchanged(weight)
 
     def dgrad(self, grad: Tensor) -> Tensor:
-        g, weight = self.geometry, self.weight
+        g, weight = self.geometry, self._unchanged()
         left_over = [
             g.input_size[i]
             - (g.output_size[i] - 1) * g.stride[i]

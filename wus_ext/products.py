@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .packing import PackedWeights
-from .support import on_gpu
+from .support import Unchanged, on_gpu
 
 __all__ = ["FrozenProduct"]
 
@@ -21,6 +21,7 @@ class FrozenProduct:
     def __init__(self, weight: Tensor, packed: tuple[Tensor, ...]) -> None:
         self.weight = weight
         self.packed = packed
+        self._unchanged = Unchanged(weight)
 
     @classmethod
     def of(
@@ -55,7 +56,7 @@ class FrozenProduct:
 
     def dgrad(self, grad: Tensor) -> Tensor:
         if not self.packed:
-            return grad @ self.weight
+            return grad @ self._unchanged()
         return self._product(grad, self.packed[1], None)
 
     @staticmethod

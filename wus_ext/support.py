@@ -56,3 +56,19 @@ def fused_dtype(input: Tensor, *parameters: Tensor | None) -> torch.dtype | None
         ):
             return None
     return dtype
+
+
+class Unchanged:
+    """A weight used as it is, which backward must find as forward left it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._version = weight._version
+
+    def __call__(self) -> Tensor:
+        if self._weight._version != self._version:
+            raise RuntimeError(
+                f"a weight of shape {list(self._weight.shape)} that backward needs was modified by "
+                "an inplace operation after the forward pass"
+            )
+        return self._weight

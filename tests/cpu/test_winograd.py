@@ -169,9 +169,8 @@ def test_forward_of_normalized_input(case, scheme, relu):
     assert_close(z, expected, TOLERANCE[scheme])
 
 
-@pytest.mark.parametrize(("case", "scheme"), CASE_SCHEMES)
-def test_dgrad(case, scheme):
-    _, weight, _ = make_layer(case)
+def output_gradients(case):
+    """For each prologue: its arguments (grad_output, mask, options), and what it makes of them."""
     shape = (case.batch, case.outputs, *case.out_size)
     g, z = channels_last(*shape), channels_last(*shape)
     bits = torch.randint(
@@ -182,44 +181,63 @@ def test_dgrad(case, scheme):
     behind_bits = torch.where(unpack_bits(bits, case.outputs), g, 0).double()
     sign = torch.where(scale * z.double() + shift <= 0, 0, g.double())
     normalize = lambda masked: a * masked + b * z.double() + c  # noqa: E731
+    norm = {"z": z, "batch_norm": vectors[:3]}
 
-    expected = {
-        PLAIN: g.double(),
-        SUM: g.double(),
-        BITS: behind_bits,
-        BN: normalize(g.double()),
-        BN_BITS: normalize(behind_bits),
-        BN_SIGN: normalize(sign),
+    gradients = {
+        PLAIN: ((g, bits, {}), g.double()),
+        SUM: ((g, bits, {}), g.double()),
+        BITS: ((g, bits, {}), behind_bits),
+        BN: ((g, bits, norm), normalize(g.double())),
+        BN_BITS: ((g, bits, norm), normalize(behind_bits)),
+        BN_SIGN: ((g, bits, {"z": z, "batch_norm": vectors}), normalize(sign)),
     }
     pooled_size = [size // 2 for size in case.out_size]
-    pooled = codes = None
     if min(pooled_size) > 0:
         pooled = channels_last(case.batch, case.outputs, *pooled_size)
         codes = torch.randint(5, (case.batch, *pooled_size, case.outputs), dtype=torch.uint8)
-        expected[CODES] = unpool(pooled, codes, case.out_size).double()
-        expected[BN_CODES] = normalize(expected[CODES])
+        unpooled = unpool(pooled, codes, case.out_size).double()
+        gradients[CODES] = (pooled, codes, {}), unpooled
+        gradients[BN_CODES] = (pooled, codes, norm), normalize(unpooled)
+    return gradients
 
-    for prologue, dz in expected.items():
+
+@pytest.mark.parametrize(("case", "scheme"), CASE_SCHEMES)
+def test_dgrad(case, scheme):
+    _, weight, _ = make_layer(case)
+    for prologue, ((g, mask, options), dz) in output_gradients(case).items():
         wanted = F.conv_transpose2d(dz, weight.double(), padding=case.padding)
-        use_codes = prologue in (CODES, BN_CODES)
-        options = {}
-        if prologue >= BN:
-            options = {"z": z, "batch_norm": vectors if prologue == BN_SIGN else vectors[:3]}
-        grad_input, grad_bias = dgrad(
-            pooled if use_codes else g,
-            weight,
-            codes if use_codes else bits,
-            case,
-            scheme,
-            prologue,
-            **options,
-        )
+        grad_input, grad_bias = dgrad(g, weight, mask, case, scheme, prologue, **options)
         assert grad_input.is_contiguous(memory_format=torch.channels_last)
         assert_close(grad_input, wanted, TOLERANCE[scheme])
         if prologue in (SUM, BITS, CODES):
             assert_close(grad_bias, dz.sum((0, 2, 3)), 2e-6)
         else:
             assert grad_bias.numel() == 0
+
+
+@pytest.mark.parametrize(("case", "scheme"), CASE_SCHEMES)
+def test_wgrad(case, scheme):
+    x, weight, _ = make_layer(case)
+    for prologue, ((g, mask, options), dz) in output_gradients(case).items():
+        wanted = torch.nn.grad.conv2d_weight(x.double(), weight.shape, dz, padding=case.padding)
+        numbers = (case.padding, scheme, prologue)
+        grad = wus.winograd_wgrad(g, x, mask, *numbers, **options)
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+        assert_close(grad, wanted, 2 * TOLERANCE[scheme])
+        other = wus.winograd_wgrad(g, x, mask, *numbers, **options, channels_last=False)
+        assert other.is_contiguous()
+        assert torch.equal(other, grad)
+
+
+@pytest.mark.parametrize("scheme", [0, 2, 4])
+@pytest.mark.parametrize("dgrad", [False, True])
+def test_packing_in_place(dgrad, scheme):
+    old, new = torch.randn(2, 20, 9, 3, 3)
+    packed = wus.winograd_pack(old, dgrad, scheme)
+    assert wus.winograd_pack_(packed, new, dgrad, scheme) is packed
+    assert torch.equal(packed, wus.winograd_pack(new, dgrad, scheme))
+    with pytest.raises(ValueError, match="packed"):
+        wus.winograd_pack_(packed, torch.randn(80, 9, 3, 3), dgrad, scheme)
 
 
 @pytest.mark.parametrize("dgrad", [False, True])
@@ -320,6 +338,8 @@ def test_masked_infinities_do_not_leak(scheme):
         grad_input, grad_bias = dgrad(gradient, weight, mask, case, scheme, prologue)
         assert not grad_input.any()
         assert not grad_bias.any()
+        x = channels_last(2, 4, case.height, case.width)
+        assert not wus.winograd_wgrad(gradient, x, mask, 1, scheme, prologue).any()
 
 
 @pytest.mark.parametrize("scheme", [2, 4])
@@ -333,6 +353,7 @@ def test_results_do_not_depend_on_threads(case, scheme):
             *forward(x, weight, bias, case, scheme, RELU),
             *forward(x, weight, bias, case, scheme, STATS),
             *dgrad(g, weight, None, case, scheme, SUM),
+            wus.winograd_wgrad(g, x, None, case.padding, scheme, PLAIN),
         ]
 
     before = torch.get_num_threads()
@@ -371,6 +392,9 @@ BAD_CALLS = {
         lambda x, w, p: wus.winograd_dgrad(x, p, None, 8, [6, 6], 1, 4, 2),
         "mask",
     ),
+    "wgrad_batch": (lambda x, w, p: wus.winograd_wgrad(x[:1], x, None, 1, 4, 0), "grad_output"),
+    "wgrad_size": (lambda x, w, p: wus.winograd_wgrad(x, x, None, 0, 4, 0), "grad_output"),
+    "wgrad_dtype": (lambda x, w, p: wus.winograd_wgrad(x, x.double(), None, 1, 4, 0), "input"),
     "size": (
         lambda x, w, p: wus.winograd_dgrad(x, p, None, 8, [7, 6], 1, 4, 0),
         "grad_output",

@@ -1,0 +1,235 @@
+"""Full steps with full="fused": every chain against stock PyTorch, weights training."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import wus_ext
+from tests.test_program import CHAINS, check, images, program, relative_error, run
+
+chain = pytest.mark.parametrize("name", CHAINS)
+
+
+def build(name, *, channels_last=True, **settings):
+    """A stock model, and its twin whose full steps are fused."""
+    torch.manual_seed(0)
+    stock = CHAINS[name]()
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    if channels_last:
+        stock = stock.to(memory_format=torch.channels_last)
+    return stock, wus_ext.convert(copy.deepcopy(stock), full="fused", **settings)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("algo", ["direct", "f2", "f4"])
+@chain
+def test_a_full_step_equals_stock(name, algo):
+    stock, fused = build(name, algo=algo)
+    check(stock, fused, images(), tolerance=3e-5)
+    assert program(fused).chains
+    assert len(gradients(fused)) == len(list(fused.parameters()))
+    for parameter in fused.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+
+
+@chain
+def test_layout_and_evaluation_mode(name):
+    stock, fused = build(name, channels_last=False)
+    check(stock, fused, images(channels_last=False), tolerance=3e-5)
+    fused.load_state_dict(stock.state_dict())
+    check(stock.eval(), fused.eval(), images(channels_last=False), tolerance=3e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 13, 37])
+@pytest.mark.parametrize("name", ["conv_relu", "conv_relu_pool", "conv_norm_relu"])
+def test_awkward_sizes(name, size):
+    x = images((3, 3, max(size, 6) if "pool" in name else size, max(size - 1, 5)))
+    check(*build(name), x, tolerance=2e-3 if "norm" in name else 5e-5)
+
+
+def train(model, batches, lr=0.05):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    outputs = []
+    for x in batches:
+        optimizer.zero_grad()
+        output = model(x)
+        output.square().mean().backward()
+        optimizer.step()
+        outputs.append(output.detach())
+    return outputs
+
+
+@pytest.mark.parametrize("name", ["conv_norm_relu", "functional", "linear", "block"])
+def test_training_follows_stock(name):
+    """Weights change between steps: what was made of them is made again, in its place."""
+    stock, fused = build(name)
+    batches = [images() for _ in range(4)]
+    expected, actual = train(stock, batches), train(fused, batches)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert relative_error(mine, theirs) < 1e-4
+    for mine, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+        assert relative_error(mine, theirs) < 1e-4
+
+
+def copies(model):
+    return {key: copy.tensor for key, copy in model._skip_programs.packed._copies.items()}
+
+
+def test_transformed_weights_are_made_in_their_place():
+    _, fused = build("conv_relu")
+    train(fused, [images()])
+    before = {key: tensor.data_ptr() for key, tensor in copies(fused).items()}
+    assert before
+    train(fused, [images()])
+    assert {key: tensor.data_ptr() for key, tensor in copies(fused).items()} == before
+
+
+def test_a_graph_keeps_the_transformed_weights_that_it_was_made_with():
+    """A skip step's graph outlives full steps after it."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    fused = wus_ext.convert(copy.deepcopy(stock), full="fused")
+    x = images((2, 8, 12, 10))
+    late = x.clone().requires_grad_()
+    with wus_ext.skip_weight_updates(fused):
+        output = fused(late)
+    train(fused, [images((2, 8, 12, 10)) for _ in range(2)])
+    output.backward(torch.ones_like(output))
+    expected = x.clone().requires_grad_()
+    stock(expected).backward(torch.ones_like(output))
+    assert relative_error(late.grad, expected.grad) < 3e-5
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 8, 3, padding=1), nn.Linear(10, 8)], ids=["conv", "linear"]
+)
+def test_a_graph_refuses_a_weight_that_it_shares(layer, skip):
+    model = wus_ext.convert(nn.Sequential(copy.deepcopy(layer), nn.ReLU()), full="fused")
+    wus_ext.set_skip(model, skip)
+    x = torch.randn((2, 3, 6, 6) if isinstance(layer, nn.Conv2d) else (2, 10), requires_grad=True)
+    output = model(x).sum()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_two_graphs_at_once():
+    stock, fused = build("conv_norm_relu")
+    first, second = images(), images()
+    for model in (stock, fused):
+        (model(first).square().mean() + model(second).square().mean()).backward()
+        model(first).square().mean().backward()
+    for name, grad in gradients(stock).items():
+        scale = max(1e-3, grad.norm().item())
+        assert (gradients(fused)[name] - grad).norm().item() < 1e-4 * scale + 1e-5, name
+
+
+def test_skip_windows_and_full_steps_in_turn():
+    stock, fused = build("conv_norm_relu_pool")
+    weights = {name for name, p in stock.named_parameters() if not name.endswith("bias")}
+    for skip in (False, True, False):
+        wus_ext.set_skip(fused, skip)
+        fused.zero_grad()
+        run(fused, images())
+        assert (
+            (set(gradients(fused)) & weights == set())
+            if skip
+            else (set(gradients(fused)) >= weights)
+        )
+
+
+def test_some_layers_skip():
+    stock, fused = build("conv_relu")
+    wus_ext.set_skip(fused, True, layers="0")
+    stock[0].weight.requires_grad_(False)
+    check(stock, fused, images(), tolerance=3e-5)
+    assert set(gradients(fused)) == {"0.bias", "2.weight", "2.bias"}
+
+
+def test_a_frozen_weight_gets_no_gradient_and_saves_no_input():
+    stock, fused = build("conv_relu")
+    for model in (stock, fused):
+        model[2].weight.requires_grad_(False)
+    check(stock, fused, images(), tolerance=3e-5)
+    assert "2.weight" not in gradients(fused)
+
+
+def test_hooks_see_weight_gradients():
+    _, fused = build("conv_relu")
+    seen = []
+    fused[2].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    run(fused, images())
+    assert seen == [fused[2].weight.shape]
+
+
+def test_a_shared_layer():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    stock = nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.ReLU(), layer, nn.ReLU())
+    fused = wus_ext.convert(copy.deepcopy(stock), full="fused")
+    check(stock, fused, images(channels_last=False), tolerance=3e-5)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_stay_fused(clone):
+    stock, fused = build("conv_norm_relu")
+    run(fused, images())
+    fused.load_state_dict(stock.state_dict())
+    cloned = clone(fused)
+    check(stock, cloned, images(), tolerance=3e-5)
+    assert program(cloned).chains
+
+
+@pytest.mark.parametrize(
+    "prepare", [lambda m: m.double(), lambda m: m], ids=["float64", "autocast"]
+)
+def test_elsewhere_a_full_step_is_stocks_bit_for_bit(prepare):
+    stock, fused = map(prepare, build("conv_norm_relu"))
+    x = images().to(next(stock.parameters()).dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+        expected, wanted, grad_output = run(stock, x)
+        actual, got, _ = run(fused, x, grad_output)
+    assert torch.equal(actual, expected)
+    assert torch.equal(got, wanted)
+    for name, grad in gradients(stock).items():
+        assert torch.equal(gradients(fused)[name], grad), name
+
+
+def test_second_derivatives_are_refused():
+    _, fused = build("conv_relu")
+    x = images().requires_grad_()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(fused(x).sum(), x, create_graph=True)
+
+
+def test_compiled_full_steps_are_stock():
+    stock, fused = build("conv_relu")
+    expected, _, grad_output = run(stock, images())
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    x = images()
+    expected, wanted, grad_output = run(stock, x)
+    actual, got, _ = run(compiled, x, grad_output)
+    assert torch.equal(actual, expected)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"full": "fast"}, "full: 'fast'"), ({"full": "fused", "fuse": False}, "needs fuse=True")],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        wus_ext.convert(nn.Linear(2, 2), **settings)
