@@ -51,6 +51,34 @@ def test_layout_and_evaluation_mode(name):
     check(stock.eval(), fused.eval(), images(channels_last=False), tolerance=3e-5)
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("after", ["none", "relu", "pool", "norm", "norm_relu"])
+def test_an_input_without_gradient(after, skip):
+    """The first layer of a network, with channels enough for every algorithm."""
+    layers = {
+        "none": [],
+        "relu": [nn.ReLU()],
+        "pool": [nn.ReLU(), nn.MaxPool2d(2)],
+        "norm": [nn.BatchNorm2d(16)],
+        "norm_relu": [nn.BatchNorm2d(16), nn.ReLU()],
+    }[after]
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), *layers)
+    fused = wus_ext.convert(copy.deepcopy(stock), full="fused")
+    wus_ext.set_skip(fused, skip)
+    x = images((2, 8, 12, 10))
+    expected, actual = stock(x), fused(x)
+    grad_output = torch.randn_like(expected)
+    expected.backward(grad_output)
+    actual.backward(grad_output)
+    wanted = gradients(stock)
+    largest = max(grad.norm() for grad in wanted.values())
+    got = gradients(fused)
+    assert set(got) == {name for name in wanted if not skip or name.endswith("bias")}
+    for name, grad in got.items():
+        assert (grad - wanted[name]).norm() <= 3e-5 * largest, name
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 13, 37])
 @pytest.mark.parametrize("name", ["conv_relu", "conv_relu_pool", "conv_norm_relu"])
 def test_awkward_sizes(name, size):

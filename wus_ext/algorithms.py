@@ -308,6 +308,8 @@ class Winograd(Algorithm):
         if trained is not None:
             grad_weight = self._weigh(grad, trained, mask, PROLOGUES[act])
         if not need_input:
+            if act == Act.RELU:
+                mask = mask.flatten(0, 2)
             _, grad_bias = masked(grad, mask, act, self.output_size, False, need_bias)
             return None, grad_bias, grad_weight
         if act == Act.NONE and not need_bias:
