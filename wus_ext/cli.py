@@ -36,7 +36,10 @@ _GROUPS = {
     "when to skip (wus, wus+lr)": (
         *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "lr_drop"),
     ),
-    "how to skip (wus, wus+lr)": ("norm", "algo", "packed_budget"),
+    "how to skip (wus, wus+lr)": (
+        *("skip_layers", "full_every", "train_gamma", "bias_lr", "window_momentum"),
+        *("norm", "algo", "packed_budget"),
+    ),
     "data": (
         *("data_dir", "download", "limit_train", "limit_test", "validation", "memory_budget"),
         "workers",
@@ -286,15 +289,16 @@ def _add_option(group: Any, name: str) -> None:
         )
         return
     options: dict[str, Any] = {"type": field.metadata.get("type", type(field.default))}
-    shown = "all" if field.default is None else field.default
+    shown = field.metadata.get("unset", "all") if field.default is None else field.default
     if isinstance(field.default, tuple):
         options["nargs"] = "+"
-        shown = " ".join(map(str, field.default))
+        shown = " ".join(map(str, field.default)) or "all"
     if "choices" in field.metadata:
         options["choices"] = field.metadata["choices"]
     else:
         kinds = {int: "N", float: "X", str: "TEXT"}
-        options["metavar"] = "DIR" if name.endswith("_dir") else kinds[options["type"]]
+        kind = "DIR" if name.endswith("_dir") else kinds[options["type"]]
+        options["metavar"] = field.metadata.get("metavar", kind)
     group.add_argument(flag, help=f"{text} (default: {shown})", **options)
 
 

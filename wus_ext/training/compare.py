@@ -18,6 +18,7 @@ from .config import METHODS, RELOCATABLE, TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError
 from .loop import train_epoch
+from .methods import check_layers
 from .progress import Progress
 from .report import Run, write_report
 from .runfolder import RunFolder, is_free
@@ -59,7 +60,9 @@ class CompareConfig:
                 raise ConfigError(f"{name} must be one or more different names, got {list(values)}")
         for model in self.models:
             for method in self.methods:
-                self.base.replace(model=model, method=method).validate()
+                config = self.base.replace(model=model, method=method)
+                config.validate()
+                check_layers(config)
 
     def ordered_methods(self) -> list[str]:
         """The methods in the order of the table, the baseline first."""
