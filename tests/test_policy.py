@@ -33,7 +33,7 @@ class Model:
 @pytest.fixture(autouse=True, scope="module")
 def stub_switch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "set_skip", lambda model, on: model.switched.append(on))
+        patch.setattr(policy_module, "set_skip", lambda model, on, layers: model.switched.append(on))
         yield
 
 
@@ -321,7 +321,7 @@ def test_a_switch_that_fails_leaves_the_policy_as_it_was(monkeypatch):
     policy.step(50.0)
     before = policy.state_dict()
 
-    def fail(model, on):
+    def fail(model, on, layers):
         raise RuntimeError("no")
 
     monkeypatch.setattr(policy_module, "set_skip", fail)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .. import processes
+from ..skip import packed_bytes
 from .graphs import StepGraphs
+from .memory import StepMemory
 from .timing import StepTimer, synchronize
 
 __all__ = ["Result", "Totals", "evaluate", "train_epoch"]
@@ -31,6 +33,8 @@ class Result:
         step_seconds: median of one step without data preparation, of skip steps where there are
             any; NaN for an evaluation.
         skipped: fraction of the steps that skipped weight updates.
+        peak_bytes: see :class:`~wus_ext.training.memory.StepMemory`.
+        packed_bytes: see :func:`wus_ext.packed_bytes`; after the first step.
     """
 
     loss: float
@@ -39,6 +43,8 @@ class Result:
     seconds: float
     step_seconds: float = float("nan")
     skipped: float = 0.0
+    peak_bytes: int = 0
+    packed_bytes: int = 0
 
 
 class Totals:
@@ -101,7 +107,8 @@ def train_epoch(
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(device, amp):
+        watched = memory.of_forward(model, images, labels, skipping=skipping)
+        with autocast(device, amp), watched:
             output = model(images)
             loss = cross_entropy(output, labels)
         scaler.scale(loss).backward()
@@ -109,7 +116,7 @@ def train_epoch(
         scaler.update()
         return loss.detach(), output.detach()
 
-    skipping, kinds = False, []
+    skipping, kinds, packed, memory = False, [], 0, StepMemory(device)
     run = StepGraphs(step, skipping=lambda: skipping) if cuda_graphs else step
     totals, timers = Totals(device), (StepTimer(device), StepTimer(device))
     synchronize(device)
@@ -120,12 +127,20 @@ def train_epoch(
         with timers[skipping]:
             loss, output = run(images, labels)
         totals.add(loss, output, labels)
+        if number == 0:  # a full step drops them
+            packed = packed_bytes(model)
         if on_step:
             on_step(totals)
     synchronize(device)
     seconds = time.perf_counter() - start
-    step_seconds = timers[any(kinds)].median()
-    return Result(*totals.of_all(), seconds, step_seconds, sum(kinds) / max(1, len(kinds)))
+    return Result(
+        *totals.of_all(),
+        seconds,
+        step_seconds=timers[any(kinds)].median(),
+        skipped=sum(kinds) / max(1, len(kinds)),
+        peak_bytes=memory.peak(),
+        packed_bytes=packed,
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from torch import nn
 
 from .. import processes
 from ..injection import skipped_now
-from ..skip import packed_bytes
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError, DataError, TrainingError
@@ -165,7 +164,6 @@ class Trainer:
         if not math.isfinite(training.loss):
             raise TrainingError(self._diverged(epoch, rate))
 
-        packed = packed_bytes(self.model)
         self._share_buffers()
         validation = self._evaluate(data.validation) if data.validation else None
         test = self._evaluate(data.test)
@@ -186,7 +184,8 @@ class Trainer:
             "eval_seconds": test.seconds + (validation.seconds if validation else 0.0),
             "images_per_second": training.images / training.seconds,
             "step_seconds": training.step_seconds,
-            "packed_bytes": packed,
+            "peak_bytes": training.peak_bytes,
+            "packed_bytes": training.packed_bytes,
         }
         self._store(record)
         if self.progress:
