@@ -33,7 +33,7 @@ class Model:
 @pytest.fixture(autouse=True, scope="module")
 def stub_switch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "set_skip", lambda model, on, layers: model.switched.append(on))
+        patch.setattr(policy_module, "set_skip", lambda model, on, **_: model.switched.append(on))
         yield
 
 

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..skip import packed_bytes
+
 __all__ = ["StepMemory", "saving"]
 
 
@@ -47,7 +49,7 @@ class StepMemory:
     """Most memory that a step of training takes beyond what lives between steps.
 
     On a GPU that is the allocator's peak since this object was made; on the CPU, what the first
-    step of each kind saves for backward.
+    step of each kind saves for backward, and the transformed weights that it keeps.
 
     >>> memory, model = StepMemory(torch.device("cpu")), nn.Linear(4, 2)
     >>> x = torch.ones(3, 4, requires_grad=True)
@@ -75,7 +77,7 @@ class StepMemory:
     def _measured(self, model: nn.Module, *inputs: Tensor, skipping: bool) -> Iterator[None]:
         with saving([*model.parameters(), *model.buffers(), *inputs]) as saved:
             yield
-        self._saved[skipping] = saved()
+        self._saved[skipping] = saved() + packed_bytes(model)
 
     def peak(self) -> int:
         """Bytes so far."""
