@@ -5,8 +5,8 @@
 
 DIR holds CIFAR-10 as image files, train/<class>/* and test/<class>/*. A run that was interrupted
 goes on where it stopped. ``--limit-train``, ``--limit-test`` and ``--epochs`` make it longer or
-shorter than the page's. Memory is that of a step in full epochs -> in skipped ones: what it saves for
-backward and the transformed weights that it keeps; on a GPU the allocator's peak.
+shorter than the page's. Memory is that of a step, in full epochs -> in skipped ones: what it saves
+for backward and the transformed weights that it keeps; on a GPU the allocator's peak.
 """
 
 from __future__ import annotations
