@@ -167,7 +167,9 @@ LAYERS = {
 def test_switches_only_the_layers_it_is_told_to(monkeypatch, method, layers):
     monkeypatch.setattr(policy_module, "set_skip", wus_ext.set_skip)
     model = wus_ext.convert(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))))
-    schedule = constant(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = constant(optimizer)
+    optimizer.step()  # stands for an epoch
     given = (model,) if method is WUS else (model, schedule)
 
     def make():
