@@ -140,12 +140,15 @@ def test_a_comparison_checks_patterns_against_every_network_first(tmp_path):
 
 
 def test_every_nth_step_of_a_window_is_full_and_only_others_take_the_bias_rate():
-    run = at_a_window(method="wus+lr", schedule="cosine", full_every=3, bias_lr=4.0)
+    run = at_a_window(
+        method="wus+lr", schedule="cosine", skip_layers=("0",), full_every=3, bias_lr=4.0
+    )
     steps = []
 
     def note(model, inputs):
         if model.training:
-            steps.append((wus_ext.is_skipping(model), run.optimizer.param_groups[0]["lr"]))
+            assert not model[-1].skip_wgrad
+            steps.append((model[0].skip_wgrad, run.optimizer.param_groups[0]["lr"]))
 
     run.model.register_forward_pre_hook(note)
     run.run_epoch()
@@ -201,9 +204,17 @@ def test_scheduler_and_policy_see_the_schedule_not_the_bias_rate():
         assert [r[name] for r in scaled.history] == [r[name] for r in plain.history]
 
 
+@pytest.mark.parametrize("full_every", [None, 4], ids=["skips", "full step last"])
 @pytest.mark.parametrize("window_momentum", ["keep", "reset"])
-def test_momentum_of_what_stood_still_is_kept_or_dropped_when_the_window_ends(window_momentum):
-    run = at_a_window(window_momentum=window_momentum, max_window=2, skip_layers=("0",))
+def test_momentum_of_what_skipped_is_kept_or_dropped_when_the_window_ends(
+    window_momentum, full_every
+):
+    run = at_a_window(
+        window_momentum=window_momentum,
+        full_every=full_every,
+        max_window=2,
+        skip_layers=("0",),
+    )
     buffers = dict(run.optimizer.state)
     assert len(buffers) == 6
     run.run_epoch()

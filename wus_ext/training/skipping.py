@@ -41,8 +41,8 @@ def skipped_epoch(
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     >>> wus_ext.set_skip(model, True)
     >>> with skipped_epoch(model, optimizer, full_every=3, bias_lr=2.0) as begin:
-    ...     [(begin(step), optimizer.param_groups[0]["lr"]) for step in range(4)]
-    [(True, 1.0), (True, 1.0), (False, 0.5), (True, 1.0)]
+    ...     [(begin(step), optimizer.param_groups[0]["lr"]) for step in range(3)]
+    [(True, 1.0), (True, 1.0), (False, 0.5)]
     >>> wus_ext.is_skipping(model), optimizer.param_groups[0]["lr"]
     (True, 0.5)
     """
