@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext
+from wus_ext.training.memory import saving
 
 NETWORKS = {
     "alexnet": lambda: wus_ext.models.alexnet(),
@@ -95,19 +96,9 @@ def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> 
         forward: returns what holds the graph.
         kept: what lives anyway and does not count: parameters, buffers, inputs.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in kept}
-    saved: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = tensor  # holding it keeps the address from being reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = forward()
-    del held
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    with saving(kept) as saved:
+        forward()
+    return saved()
 
 
 def median_ms(seconds: list[float]) -> float:

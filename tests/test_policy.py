@@ -33,7 +33,7 @@ class Model:
 @pytest.fixture(autouse=True, scope="module")
 def stub_switch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "set_skip", lambda model, on: model.switched.append(on))
+        patch.setattr(policy_module, "set_skip", lambda model, on, **_: model.switched.append(on))
         yield
 
 
@@ -153,6 +153,57 @@ def test_switches_a_real_model(monkeypatch):
     assert not wus_ext.is_skipping(model)
     resumed.load_state_dict(state)
     assert wus_ext.is_skipping(model)
+
+
+LAYERS = {
+    "a pattern": lambda: "0",
+    "several, once": lambda: iter(["0"]),
+    "a predicate": lambda: lambda name, module: name == "0",
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("method", [WUS, WUSLR])
+def test_switches_only_the_layers_it_is_told_to(monkeypatch, method, layers):
+    monkeypatch.setattr(policy_module, "set_skip", wus_ext.set_skip)
+    model = wus_ext.convert(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = constant(optimizer)
+    optimizer.step()  # stands for an epoch
+    given = (model,) if method is WUS else (model, schedule)
+
+    def make():
+        return method(*given, layers=layers(), warmup=0, patience=1, max_window=1)
+
+    def flags():
+        return [part.skip_wgrad for part in model]
+
+    wus_ext.set_skip(model, True, layers="2")
+    policy = make()
+    assert flags() == [False, False, True]
+    for skip in (False, True, False, True):
+        assert policy.step(60.0) is skip
+        assert flags() == [skip, False, True]
+    state = policy.state_dict()
+    resumed = make()
+    assert flags() == [False, False, True]
+    resumed.load_state_dict(state)
+    assert flags() == [True, False, True]
+
+
+BAD_LAYERS = {
+    "no match": ("conv", ValueError, "no module's name matches 'conv'; there are 0"),
+    "one of two": (["0", "conv"], ValueError, "no module's name matches 'conv'"),
+    "none": ([], ValueError, "layers: no pattern; None means every layer"),
+    "a number": (3, TypeError, "layers: expected a name pattern"),
+}
+
+
+@pytest.mark.parametrize(("layers", "error", "text"), BAD_LAYERS.values(), ids=BAD_LAYERS)
+def test_bad_layers_are_refused_at_once(monkeypatch, layers, error, text):
+    monkeypatch.setattr(policy_module, "set_skip", wus_ext.set_skip)
+    with pytest.raises(error, match=text):
+        WUS(wus_ext.convert(torch.nn.Sequential(torch.nn.Linear(4, 2))), layers=layers)
 
 
 def test_an_unconverted_model_is_refused_at_once(monkeypatch):
@@ -321,7 +372,7 @@ def test_a_switch_that_fails_leaves_the_policy_as_it_was(monkeypatch):
     policy.step(50.0)
     before = policy.state_dict()
 
-    def fail(model, on):
+    def fail(model, on, layers):
         raise RuntimeError("no")
 
     monkeypatch.setattr(policy_module, "set_skip", fail)

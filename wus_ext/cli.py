@@ -36,7 +36,10 @@ _GROUPS = {
     "when to skip (wus, wus+lr)": (
         *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "lr_drop"),
     ),
-    "how to skip (wus, wus+lr)": ("norm", "algo", "packed_budget"),
+    "how to skip (wus, wus+lr)": (
+        *("skip_layers", "full_every", "train_gamma", "bias_lr", "window_momentum"),
+        *("norm", "algo", "packed_budget"),
+    ),
     "data": (
         *("data_dir", "download", "limit_train", "limit_test", "validation", "memory_budget"),
         "workers",
@@ -113,6 +116,7 @@ def _compare(given: dict[str, Any]) -> int:
     if launched_count() > 1:
         raise ConfigError("compare times one process; start it without torchrun")
     out, resume = given.pop("out", None), given.pop("resume", False)
+    target = given.pop("target", None)
     own = {
         name: given.pop(name) for name in ("models", "methods", "seeds", "control") if name in given
     }
@@ -127,11 +131,15 @@ def _compare(given: dict[str, Any]) -> int:
         out = out or Path("runs") / f"compare-{config.base.dataset}"
     config.validate()
     try:
-        compare(config, out, resume=resume, say=lambda text: print(f"\n{text}", flush=True))
+        compare(config, out, resume=resume, target=target, say=_say)
     except KeyboardInterrupt:
         return _interrupted("compare", out, "compare.json")
     print(f"all in {out}: table.md, table.csv, plot.png")
     return 0
+
+
+def _say(text: str) -> None:
+    print(f"\n{text}", flush=True)
 
 
 def _interrupted(command: str, out: str | Path, settings: str) -> int:
@@ -232,6 +240,11 @@ def _parser() -> argparse.ArgumentParser:
         help="also train the baseline for only the time that each method took: does skipping beat "
         "training less? (default: yes)",
     )
+    comparison.add_argument(
+        "--target", type=float, metavar="X",
+        help="also tell when the test accuracy reached this many percent (default: the baseline's "
+        "last accuracy less 1)",
+    )  # fmt: skip
     _add_config(comparison, skip=("model", "method", "seed"))
     _add_folder(comparison, "runs/compare-DATASET", "the comparison in --out where it stopped")
 
@@ -286,15 +299,16 @@ def _add_option(group: Any, name: str) -> None:
         )
         return
     options: dict[str, Any] = {"type": field.metadata.get("type", type(field.default))}
-    shown = "all" if field.default is None else field.default
+    shown = field.metadata.get("unset", "all") if field.default is None else field.default
     if isinstance(field.default, tuple):
         options["nargs"] = "+"
-        shown = " ".join(map(str, field.default))
+        shown = " ".join(map(str, field.default)) or "all"
     if "choices" in field.metadata:
         options["choices"] = field.metadata["choices"]
     else:
         kinds = {int: "N", float: "X", str: "TEXT"}
-        options["metavar"] = "DIR" if name.endswith("_dir") else kinds[options["type"]]
+        kind = "DIR" if name.endswith("_dir") else kinds[options["type"]]
+        options["metavar"] = field.metadata.get("metavar", kind)
     group.add_argument(flag, help=f"{text} (default: {shown})", **options)
 
 

@@ -48,6 +48,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import processes
+from .selection import Layers, patterns_of
 from .window import set_skip
 
 __all__ = ["WUS", "WUSLR", "Phase", "Settings", "decide"]
@@ -134,11 +135,14 @@ class WUS:
 
     Args:
         model: the model to switch, anything that :func:`wus_ext.set_skip` takes.
+        layers: the layers to switch, as :func:`wus_ext.set_skip` takes them; all others are left
+            as they are. Default None: every layer.
         threshold, patience, max_window, warmup, min_open: see :class:`Settings`.
 
     Raises:
         TypeError: a setting is not of its type.
-        ValueError: a setting is out of its range, or ``model`` has no layer that can skip.
+        ValueError: a setting is out of its range, ``model`` has no layer that can skip, or
+            ``layers`` means none.
 
     In several processes each passes its own accuracy, and all decide by the mean: :meth:`step`
     must be called in every process.
@@ -154,6 +158,7 @@ class WUS:
         self,
         model: nn.Module,
         *,
+        layers: Layers | None = None,
         threshold: float = 1.0,
         patience: int = 2,
         max_window: int = 3,
@@ -168,9 +173,12 @@ class WUS:
             min_open=min_open,
         )
         self.model = model
+        self.layers = layers if layers is None or callable(layers) else patterns_of(layers)
+        if self.layers == []:
+            raise ValueError("layers: no pattern; None means every layer")
         self._history: list[float] = []
         self._phase = Phase()
-        set_skip(model, False)
+        self._switch(False)
 
     @property
     def skipping(self) -> bool:
@@ -213,13 +221,19 @@ class WUS:
                 "accuracies are percentages (0 to 100), not fractions",
                 stacklevel=3,
             )
-        set_skip(self.model, skip)
+        self._switch(skip)
         self._history = history
         self._phase = phase if skip == phase.skipping else Phase(skip)
         return skip
 
+    def _switch(self, skip: bool) -> None:
+        set_skip(self.model, skip, layers=self.layers)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return settings, history and phase as plain data (loads with ``weights_only=True``)."""
+        """Return settings, history and phase as plain data (loads with ``weights_only=True``).
+
+        Not ``layers``: build the policy that loads it with the same.
+        """
         return {
             "settings": self._settings(),
             "history": self.history,
@@ -237,7 +251,7 @@ class WUS:
                 policy is unchanged then.
         """
         history, phase = self._check_state(state_dict)
-        set_skip(self.model, phase.skipping)
+        self._switch(phase.skipping)
         self._history, self._phase = history, phase
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[list[float], Phase]:
@@ -284,12 +298,14 @@ class WUSLR(WUS):
         model: the model to switch, anything that :func:`wus_ext.set_skip` takes.
         scheduler: any scheduler of ``torch.optim.lr_scheduler`` that is stepped once an epoch.
             The caller must not step it as well.
+        layers: the layers to switch, as for :class:`WUS`.
         threshold, patience, max_window, warmup, min_open: see :class:`Settings`.
         lr_drop: largest ratio of learning rates that counts as a drop, in (0, 1).
 
     Raises:
         TypeError: ``scheduler`` is not a scheduler, or a setting is not of its type.
-        ValueError: a setting is out of its range, or ``model`` has no layer that can skip.
+        ValueError: a setting is out of its range, ``model`` has no layer that can skip, or
+            ``layers`` means none.
 
     :meth:`state_dict` does **not** hold the scheduler's state. Save and load optimizer, scheduler
     and policy each by its own ``state_dict``, in any order.
@@ -312,6 +328,7 @@ class WUSLR(WUS):
         model: nn.Module,
         scheduler: Any,
         *,
+        layers: Layers | None = None,
         threshold: float = 1.0,
         patience: int = 2,
         max_window: int = 3,
@@ -331,6 +348,7 @@ class WUSLR(WUS):
         self._trained_lrs: list[float] = []
         super().__init__(
             model,
+            layers=layers,
             threshold=threshold,
             patience=patience,
             max_window=max_window,

@@ -37,7 +37,7 @@ def select(model: nn.Module, layers: Layers, candidates: Collection[nn.Module]) 
         if not chosen:
             raise ValueError(f"layers: the predicate chose none of {len(candidates)} layers")
     else:
-        layers = _patterns(layers)
+        layers = patterns_of(layers)
         if not layers:
             return set()
         chosen = []
@@ -54,7 +54,12 @@ def select(model: nn.Module, layers: Layers, candidates: Collection[nn.Module]) 
     return selected
 
 
-def _patterns(layers: object) -> list[str]:
+def patterns_of(layers: object) -> list[str]:
+    """One pattern or several as a list.
+
+    Raises:
+        TypeError: if ``layers`` is neither.
+    """
     patterns = [layers] if isinstance(layers, str) else layers
     if isinstance(patterns, Iterable) and not isinstance(patterns, nn.Module):
         patterns = list(patterns)

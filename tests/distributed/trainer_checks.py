@@ -57,11 +57,12 @@ def shared_folder():
 
 def check_the_trainer_gives_the_weights_of_one_process_with_the_whole_batch():
     world = dist.get_world_size()
-    for method in ("baseline", "wus", "wus+lr"):
-        together = trainer(method=method)
+    options = {"skip_layers": ("0",), "full_every": 2, "bias_lr": 2.0, "window_momentum": "reset"}
+    for method, given in (("baseline", {}), ("wus", {}), ("wus+lr", {}), ("wus", options)):
+        together = trainer(method=method, **given)
         together.run()
         with alone():
-            single = trainer(method=method, batch_size=tiny.CONFIG.batch_size * world)
+            single = trainer(method=method, batch_size=tiny.CONFIG.batch_size * world, **given)
             single.run()
         same_everywhere(together.model)
         pairs = zip(together.model.parameters(), single.model.parameters(), strict=True)
@@ -77,12 +78,13 @@ def check_the_trainer_gives_the_weights_of_one_process_with_the_whole_batch():
 
 def check_the_trainer_resumes_bit_for_bit():
     folder = shared_folder()
-    whole = trainer(build_with_norm, out=folder / "whole")
+    options = {"full_every": 3, "train_gamma": True, "bias_lr": 2.0}
+    whole = trainer(build_with_norm, out=folder / "whole", **options)
     whole.run()
-    first = trainer(build_with_norm, out=folder / "parts")
+    first = trainer(build_with_norm, out=folder / "parts", **options)
     first.run_epoch(), first.run_epoch()
     dist.barrier()
-    second = trainer(build_with_norm, out=folder / "parts", resume=True)
+    second = trainer(build_with_norm, out=folder / "parts", resume=True, **options)
     assert len(second.history) == 2
     second.run()
     for name, tensor in whole.model.state_dict().items():

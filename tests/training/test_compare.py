@@ -34,6 +34,8 @@ def history(seconds, accuracy, skipped=()):
             "train_seconds": second,
             "test_accuracy": accuracy,
             "skipped": epoch in skipped,
+            "skipped_steps": 0.75 * (epoch in skipped),
+            "peak_bytes": 2**20 * (2 if epoch in skipped else 8),
             "step_seconds": second / 10,
         }
         for epoch, second in enumerate(seconds, 1)
@@ -58,21 +60,56 @@ def cells(table, *names):
 def test_the_table_has_means_and_deviations_over_seeds():
     table = markdown(RUNS, TrainConfig(epochs=2))
     assert cells(table, "vgg11", "baseline") == [
-        "2", "81.00 ± 1.41", "30.0 ± 14.1", "-", "0 ± 0", "-"
+        "2", "81.00 ± 1.41", "30.0 ± 14.1", "-", "0 ± 0", "-", "15.0 ± 7.1", "8.0 ± 0.0", "-"
     ]  # fmt: skip
     # Saved: 1 - 14/20 = 30 % and 1 - 32/40 = 20 %; a skip step costs 0.4 and 0.6 of a full one.
+    # Three steps of four skip in one epoch of two. The baseline's less 1 is reached at once.
     assert cells(table, "vgg11", "wus") == [
-        "2", "80.00 ± 1.41", "23.0 ± 12.7", "25.0 ± 7.1", "50 ± 0", "0.50 ± 0.14"
+        "2", "80.00 ± 1.41", "23.0 ± 12.7", "25.0 ± 7.1", "38 ± 0", "0.50 ± 0.14",
+        "15.0 ± 7.1", "8.0 ± 0.0", "2.0 ± 0.0",
     ]  # fmt: skip
     assert cells(table, "vgg11", "baseline in the time of wus")[:2] == ["1", "72.00 ± 2.83"]
     assert "54 % WUS, 50 % WUS+LR" in table
     assert "average**" not in table
 
 
+def rising(*accuracies):
+    records = history([10] * len(accuracies), 0.0)
+    return [{**record, "test_accuracy": a} for record, a in zip(records, accuracies, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("target", "times", "says"),
+    [
+        # 79 and 84 %, the baselines' less 1
+        (None, ["20.0 ± 0.0", "30.0 (1 of 2)"], "the baseline's less 1 point"),
+        (70.0, ["10.0 ± 0.0", "15.0 ± 7.1"], "first reaches 70 %"),
+        (85.0, ["30.0 (1 of 2)", "-"], "first reaches 85 %"),
+    ],
+)
+def test_the_time_to_a_target_is_that_of_the_first_epoch_that_reaches_it(target, times, says):
+    runs = [
+        Run("vgg11", "baseline", 0, rising(70, 79, 80)),
+        Run("vgg11", "wus", 0, rising(75, 78, 79.5)),
+        Run("vgg11", "baseline", 1, rising(72, 84.5, 85)),
+        Run("vgg11", "wus", 1, rising(60, 71, 83)),
+    ]
+    table = markdown(runs, TrainConfig(epochs=3), target)
+    assert [cells(table, "vgg11", name)[6] for name in ("baseline", "wus")] == times
+    assert says in table
+
+
+@pytest.mark.parametrize("target", [0.0, 101.0])
+def test_an_impossible_target_is_refused(tmp_path, target):
+    with pytest.raises(ConfigError, match="target must be in percent"):
+        compare(CompareConfig(base=tiny.CONFIG), tmp_path / "out", target=target)
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_networks_have_an_average():
     other = [Run("alexnet", run.method, run.seed, run.history) for run in RUNS[:2]]
     table = markdown([*RUNS[:2], *other], TrainConfig(epochs=2))
-    assert cells(table, "**average**", "wus") == ["2", "79.00", "14.0", "30.0", "50", "0.40"]
+    assert cells(table, "**average**", "wus")[:6] == ["2", "79.00", "14.0", "30.0", "38", "0.40"]
     assert "one seed" in table
 
 

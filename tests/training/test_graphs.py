@@ -1,12 +1,14 @@
 """When steps are recorded, replayed and recorded anew; on a GPU, that weights come out alike."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
 from wus_ext.training import ConfigError, TrainConfig, Trainer
 from wus_ext.training.graphs import StepGraphs
+from wus_ext.training.loop import train_epoch
 
 from . import tiny
 
@@ -82,6 +84,25 @@ def test_each_kind_of_step_has_a_graph_and_each_window_a_new_one(diary):
     assert phase(True, 5) == fresh
 
 
+def test_a_full_step_within_a_window_is_recorded_and_not_mixed_up(diary, monkeypatch):
+    """As with ``full_every=5``; each run of skip steps is recorded anew."""
+    monkeypatch.setattr("wus_ext.training.loop.StepGraphs", partial(StepGraphs, graph=Recorder))
+    model = torch.nn.Linear(2, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = train_epoch(
+        model,
+        batches(25),
+        optimizer,
+        device=torch.device("cpu"),
+        cuda_graphs=True,
+        begin=lambda step: (step + 1) % 5 != 0,
+    )
+    skips, warm_up, recorded, full = "nnncp", "n", "cp", "p"  # ru-n, re-c-ord, re-p-lay
+    expected = (skips + warm_up) * 3 + skips + recorded + skips + full
+    assert "".join(word[2] for word in diary) == expected
+    assert result.skipped == 0.8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -130,11 +151,15 @@ def test_recorded_on_another_device_than_the_current_one():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("method", ["baseline", "wus"])
-def test_recorded_steps_train_as_others_on_cuda(method):
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "baseline"}, {"method": "wus"}, {"full_every": 6, "bias_lr": 2.0}],
+    ids=["baseline", "wus", "full steps within"],
+)
+def test_recorded_steps_train_as_others_on_cuda(settings):
     weights = []
     for cuda_graphs in (False, True):
-        config = tiny.CONFIG.replace(method=method, device="cuda", cuda_graphs=cuda_graphs)
+        config = tiny.CONFIG.replace(device="cuda", cuda_graphs=cuda_graphs, **settings)
         run = Trainer(config, data=tiny.data(train=80), build=tiny.build)
         run.run()
         weights.append(torch.cat([p.detach().flatten().cpu() for p in run.model.parameters()]))

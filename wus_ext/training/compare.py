@@ -18,6 +18,7 @@ from .config import METHODS, RELOCATABLE, TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError
 from .loop import train_epoch
+from .methods import check_layers
 from .progress import Progress
 from .report import Run, write_report
 from .runfolder import RunFolder, is_free
@@ -59,7 +60,9 @@ class CompareConfig:
                 raise ConfigError(f"{name} must be one or more different names, got {list(values)}")
         for model in self.models:
             for method in self.methods:
-                self.base.replace(model=model, method=method).validate()
+                config = self.base.replace(model=model, method=method)
+                config.validate()
+                check_layers(config)
 
     def ordered_methods(self) -> list[str]:
         """The methods in the order of the table, the baseline first."""
@@ -92,6 +95,7 @@ def compare(
     out: str | Path,
     *,
     resume: bool = False,
+    target: float | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Run]:
     """Train every network with every method and write ``table.md``, ``table.csv``, ``plot.png``.
@@ -104,6 +108,8 @@ def compare(
         config: what to compare.
         out: folder for the results; each run has its own folder inside.
         resume: continue the comparison in ``out``; finished runs are not repeated.
+        target: test accuracy in percent whose time the table gives; by default the baseline's of
+            the same network and seed, less 1.
         say: receives the lines to print; ``None`` is silent.
 
     Returns:
@@ -113,6 +119,8 @@ def compare(
         ConfigError, DataError, MissingExtra, TrainingError: as :class:`Trainer`.
     """
     config.validate()
+    if target is not None and not 0 < target <= 100:
+        raise ConfigError(f"target must be in percent, above 0 and at most 100, got {target}")
     out = Path(out).expanduser()
     _check(out, config, resume)
     data = load_data(config.base)
@@ -128,7 +136,7 @@ def compare(
             runs += [Run(model, name, seed, history) for name, history in histories.items()]
             if config.control:
                 runs += _controls(base, histories, out, data, verbose=say is not None)
-    table = write_report(runs, config.base, out)
+    table = write_report(runs, config.base, out, target)
     if say:
         say(table)
     return runs

@@ -25,6 +25,7 @@ METHODS = ("baseline", "wus", "wus+lr")
 SCHEDULES = ("constant", "cosine", "step")
 AMP = ("off", "bf16", "fp16")
 WATCH = ("train", "validation")
+MOMENTA = ("keep", "reset")
 
 _POLICY = Settings()
 
@@ -103,6 +104,29 @@ class TrainConfig:
     min_open: int = option(_POLICY.min_open, "epochs that weights train between two windows")
     lr_drop: float = option(0.5, "wus+lr: ratio of learning rates that counts as a drop, in (0, 1)")
 
+    skip_layers: tuple[str, ...] = option(
+        (),
+        "layers that skip in skipped epochs, the others training as ever: patterns of their names, "
+        "as in --skip-layers features 'layer[12].*'",
+        type=str,
+        metavar="PATTERN",
+    )
+    full_every: int | None = option(
+        None,
+        "train weights in every N-th step of a skipped epoch, N at least 2",
+        type=int,
+        unset="in none",
+    )
+    train_gamma: bool = option(False, "train the scale of norm layers in skipped epochs, too")
+    bias_lr: float = option(
+        1.0, "factor of the learning rate in skip steps, for whatever trains in them"
+    )
+    window_momentum: str = option(
+        "keep",
+        "momentum of the weights that skipped, after a skip window: keep (as it was before) or "
+        "reset (to none)",
+        choices=MOMENTA,
+    )
     norm: str = option(
         "batch",
         "batch norm in skipped epochs: batch (statistics of the batch, as ever) or frozen (running "
@@ -143,8 +167,9 @@ class TrainConfig:
         Raises:
             ConfigError: naming the first setting that is wrong, its value and what is wanted.
         """
-        for name in ("model", "dataset", "method", "schedule", "amp", "watch", "norm", "algo"):
-            _one_of(name, getattr(self, name), _FIELDS[name].metadata["choices"])
+        for name, field in _FIELDS.items():
+            if "choices" in field.metadata:
+                _one_of(name, getattr(self, name), field.metadata["choices"])
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
             _integer(name, getattr(self, name), least)
         for name in ("limit_train", "limit_test"):
@@ -160,6 +185,13 @@ class TrainConfig:
         if self.packed_budget is not None:
             _number("packed_budget", self.packed_budget, "at least 0", lambda x: x >= 0)
         _number("lr_drop", self.lr_drop, "in (0, 1)", lambda x: 0 < x < 1)
+        _number("bias_lr", self.bias_lr, "positive", lambda x: x > 0)
+        if self.full_every is not None:
+            _integer("full_every", self.full_every, 2)
+        if isinstance(self.skip_layers, str) or not all(
+            isinstance(pattern, str) for pattern in self.skip_layers
+        ):
+            raise ConfigError(f"skip_layers must be a tuple of patterns, got {self.skip_layers!r}")
         for milestone in self.milestones:
             _number("milestones", milestone, "fractions in (0, 1)", lambda x: 0 < x < 1)
         try:
@@ -168,6 +200,8 @@ class TrainConfig:
             raise ConfigError(str(error)) from error
         if self.watch == "validation" and self.validation == 0:
             raise ConfigError("watch='validation' needs a validation fraction above 0")
+        if self.train_gamma and self.norm == "frozen":
+            raise ConfigError("train_gamma needs norm 'batch': a layer that trains is not frozen")
         if self.method == "wus+lr" and self.schedule == "constant":
             raise ConfigError("method 'wus+lr' needs the schedule 'cosine' or 'step', or use 'wus'")
         if self.cuda_graphs and processes.count() > 1:
@@ -183,7 +217,12 @@ class TrainConfig:
     def skip_settings(self) -> dict[str, Any]:
         """The settings of :func:`wus_ext.convert`."""
         budget = None if self.packed_budget is None else int(self.packed_budget * 2**30)
-        return {"norm": self.norm, "algo": self.algo, "memory_budget": budget}
+        return {
+            "skip_gamma": not self.train_gamma,
+            "norm": self.norm,
+            "algo": self.algo,
+            "memory_budget": budget,
+        }
 
     def policy_settings(self) -> dict[str, Any]:
         """The settings of :class:`wus_ext.WUS`."""
@@ -221,7 +260,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {**dataclasses.asdict(self), "milestones": list(self.milestones)}
+        values = dataclasses.asdict(self)
+        return values | {name: list(values[name]) for name in _SEVERAL}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -233,10 +273,8 @@ class TrainConfig:
         unknown = sorted(set(values) - set(_FIELDS))
         if unknown:
             raise ConfigError(f"unknown setting: {', '.join(unknown)}")
-        values = dict(values)
-        if "milestones" in values:
-            values["milestones"] = tuple(values["milestones"])
-        return cls(**values)
+        several = {name: tuple(values[name]) for name in _SEVERAL & values.keys()}
+        return cls(**{**values, **several})
 
     def data_path(self) -> Path:
         """``data_dir`` as a path."""
@@ -244,6 +282,7 @@ class TrainConfig:
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+_SEVERAL = {name for name, field in _FIELDS.items() if isinstance(field.default, tuple)}
 
 # Where things are, not what is computed: a run may resume with others.
 RELOCATABLE = frozenset({"data_dir", "download", "memory_budget", "workers", "device"})

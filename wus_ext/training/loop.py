@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .. import processes
+from ..skip import packed_bytes
 from .graphs import StepGraphs
+from .memory import StepMemory
 from .timing import StepTimer, synchronize
 
 __all__ = ["Result", "Totals", "evaluate", "train_epoch"]
@@ -28,7 +30,11 @@ class Result:
         accuracy: in percent.
         images: how many were seen.
         seconds: wall-clock time, data preparation included.
-        step_seconds: median of one step without data preparation; NaN for an evaluation.
+        step_seconds: median of one step without data preparation, of skip steps where there are
+            any; NaN for an evaluation.
+        skipped: fraction of the steps that skipped weight updates.
+        peak_bytes: see :class:`~wus_ext.training.memory.StepMemory`.
+        packed_bytes: see :func:`wus_ext.packed_bytes`; after the first step.
     """
 
     loss: float
@@ -36,6 +42,9 @@ class Result:
     images: int
     seconds: float
     step_seconds: float = float("nan")
+    skipped: float = 0.0
+    peak_bytes: int = 0
+    packed_bytes: int = 0
 
 
 class Totals:
@@ -82,7 +91,7 @@ def train_epoch(
     scaler: torch.amp.GradScaler | None = None,
     on_step: Callable[[Totals], None] | None = None,
     cuda_graphs: bool = False,
-    skipping: Callable[[], bool] = lambda: False,
+    begin: Callable[[int], bool] = lambda step: False,
 ) -> Result:
     """Train ``model`` on every batch once; of several processes each brings its own batches.
 
@@ -91,14 +100,15 @@ def train_epoch(
         scaler: for fp16; ``None`` stands for a disabled one.
         on_step: called after each step with the sums so far.
         cuda_graphs: replay recorded steps; needs a GPU and no ``scaler``.
-        skipping: whether the next step is a skip step, for ``cuda_graphs``.
+        begin: called before each step with its number, from 0; says whether it is a skip step.
     """
     model.train()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(device, amp):
+        watched = memory.of_forward(model, images, labels, skipping=skipping)
+        with autocast(device, amp), watched:
             output = model(images)
             loss = cross_entropy(output, labels)
         scaler.scale(loss).backward()
@@ -106,19 +116,31 @@ def train_epoch(
         scaler.update()
         return loss.detach(), output.detach()
 
-    run = StepGraphs(step, skipping=skipping) if cuda_graphs else step
-    totals, timer = Totals(device), StepTimer(device)
+    skipping, kinds, packed, memory = False, [], 0, StepMemory(device)
+    run = StepGraphs(step, skipping=lambda: skipping) if cuda_graphs else step
+    totals, timers = Totals(device), (StepTimer(device), StepTimer(device))
     synchronize(device)
     start = time.perf_counter()
-    for images, labels in batches:
-        with timer:
+    for number, (images, labels) in enumerate(batches):
+        skipping = begin(number)
+        kinds.append(skipping)
+        with timers[skipping]:
             loss, output = run(images, labels)
         totals.add(loss, output, labels)
+        if number == 0:  # a full step drops them
+            packed = packed_bytes(model)
         if on_step:
             on_step(totals)
     synchronize(device)
     seconds = time.perf_counter() - start
-    return Result(*totals.of_all(), seconds, timer.median())
+    return Result(
+        *totals.of_all(),
+        seconds,
+        step_seconds=timers[any(kinds)].median(),
+        skipped=sum(kinds) / max(1, len(kinds)),
+        peak_bytes=memory.peak(),
+        packed_bytes=packed,
+    )
 
 
 @torch.no_grad()

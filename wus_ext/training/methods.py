@@ -12,9 +12,11 @@ from torch.optim import lr_scheduler
 from .. import models
 from ..policy import WUS, WUSLR
 from ..skip import convert, revert
+from ..window import set_skip
 from .config import TrainConfig
+from .errors import ConfigError
 
-__all__ = ["build_model", "build_policy", "build_scheduler"]
+__all__ = ["build_model", "build_policy", "build_scheduler", "check_layers"]
 
 
 def build_model(
@@ -58,9 +60,31 @@ def build_policy(
     """The :class:`wus_ext.WUS` or :class:`wus_ext.WUSLR` of ``config``; ``None`` for the baseline.
 
     ``WUSLR`` steps the scheduler itself.
+
+    Raises:
+        ConfigError: ``skip_layers`` means no layer of ``model``.
     """
+    if config.method == "baseline":
+        return None
+    check_layers(config, model)
+    settings = {"layers": config.skip_layers or None, **config.policy_settings()}
     if config.method == "wus":
-        return WUS(model, **config.policy_settings())
-    if config.method == "wus+lr":
-        return WUSLR(model, scheduler, lr_drop=config.lr_drop, **config.policy_settings())
-    return None
+        return WUS(model, **settings)
+    return WUSLR(model, scheduler, lr_drop=config.lr_drop, **settings)
+
+
+def check_layers(config: TrainConfig, model: nn.Module | None = None) -> None:
+    """Check ``skip_layers`` against a converted model, by default the network of ``config``.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or all together nothing that can skip.
+    """
+    if config.method == "baseline" or not config.skip_layers:
+        return
+    if model is None:
+        with torch.device("meta"):  # names are all that is needed
+            model = build_model(config, classes=2)
+    try:
+        set_skip(model, False, layers=config.skip_layers)
+    except ValueError as error:
+        raise ConfigError(f"skip_{error}") from error

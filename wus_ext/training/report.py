@@ -16,7 +16,7 @@ from .checkpoint import write_atomic
 from .config import TrainConfig
 from .plot import draw
 
-__all__ = ["PAPER", "Run", "markdown", "write_report"]
+__all__ = ["PAPER", "Run", "markdown", "targets", "write_report"]
 
 #: Reduction of training time that the paper reports, in percent, by data, device and method:
 #: the average of AlexNet, VGG-11, VGG-16 and ResNet-18 (arXiv 2012.02792).
@@ -61,12 +61,28 @@ class Run:
 
     @property
     def skipped(self) -> float:
-        """Percentage of epochs that skipped weight updates."""
-        return 100 * fmean(record["skipped"] for record in self.history)
+        """Percentage of steps that skipped weight updates: of epochs, without ``full_every``."""
+        return 100 * fmean(r.get("skipped_steps", r["skipped"]) for r in self.history)
+
+    def memory(self, *, skipped: bool) -> float | None:
+        """Peak memory of the steps of epochs of this kind, in MiB; ``None`` without any.
+
+        See :class:`~wus_ext.training.memory.StepMemory`.
+        """
+        peaks = [r.get("peak_bytes", 0) for r in self.history if r["skipped"] == skipped]
+        return max(peaks) / 2**20 if any(peaks) else None
+
+    def epochs_to(self, target: float) -> int | None:
+        """The first epoch after which the test accuracy reaches ``target`` percent, if any."""
+        reached = (r["epoch"] for r in self.history if r["test_accuracy"] >= target)
+        return next(reached, None)
 
     @property
     def skip_cost(self) -> float | None:
-        """Median skip step over median full step of the same run; ``None`` without both kinds."""
+        """Skip step over full step of the same run, medians; ``None`` without both kinds.
+
+        With ``full_every`` it leaves out that weights are transformed anew after each full step.
+        """
         steps: dict[bool, list[float]] = {True: [], False: []}
         for record in self.history:
             steps[record["skipped"]].append(record["step_seconds"])
@@ -85,14 +101,42 @@ class Row:
     saved: float
     skipped: float
     skip_cost: float | None
+    to_target: float | None
+    memory: float | None
+    skip_memory: float | None
 
 
-_FIGURES = ("epochs", "accuracy", "seconds", "saved", "skipped", "skip_cost")
+_MEMORY = {
+    "cpu": "what a step saves for backward, at most, and the transformed weights that it keeps.",
+    "cuda": "the peak of an epoch's steps beyond what was allocated before.",
+}
+#: Column of the table and of table.csv, digits in the table.
+_FIGURES = {
+    "epochs": ("epochs", "epochs", 0),
+    "accuracy": ("test accuracy (%)", "test_accuracy_percent", 2),
+    "seconds": ("training time (s)", "train_seconds", 1),
+    "saved": ("time saved (%)", "time_saved_percent", 1),
+    "skipped": ("steps skipped (%)", "steps_skipped_percent", 0),
+    "skip_cost": ("skip step / full step", "skip_step_over_full_step", 2),
+    "to_target": ("time to target (s)", "train_seconds_to_target", 1),
+    "memory": ("memory (MiB)", "memory_mib", 1),
+    "skip_memory": ("memory, skipped epochs (MiB)", "memory_skipped_epochs_mib", 1),
+}
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
+def targets(runs: Sequence[Run], target: float | None = None) -> dict[tuple[str, int], float]:
+    """``target`` in percent, by network and seed; by default the baseline's accuracy less 1."""
+    return {
+        (run.model, run.seed): run.accuracy - 1 if target is None else target
+        for run in runs
+        if run.method == "baseline"
+    }
+
+
+def rows(runs: Sequence[Run], target: float | None = None) -> list[Row]:
     """One row per run; ``saved`` is against the baseline of the same network and seed, in %."""
     baseline = {(run.model, run.seed): run.seconds for run in runs if run.method == "baseline"}
+    wanted = targets(runs, target)
     return [
         Row(
             model=run.model,
@@ -103,19 +147,29 @@ def rows(runs: Sequence[Run]) -> list[Row]:
             saved=100 * (1 - run.seconds / baseline[run.model, run.seed]),
             skipped=run.skipped,
             skip_cost=run.skip_cost,
+            to_target=_seconds_to(run, wanted[run.model, run.seed]),
+            memory=run.memory(skipped=False),
+            skip_memory=run.memory(skipped=True),
         )
         for run in runs
     ]
 
 
-def markdown(runs: Sequence[Run], config: TrainConfig) -> str:
+def _seconds_to(run: Run, target: float) -> float | None:
+    epochs = run.epochs_to(target)
+    return None if epochs is None else sum(r["train_seconds"] for r in run.history[:epochs])
+
+
+def markdown(runs: Sequence[Run], config: TrainConfig, target: float | None = None) -> str:
     """The table, with what was run above it and the paper's figures below it.
 
     Args:
         runs: all runs of the comparison, each network's baseline included.
         config: the settings that they share.
+        target: of "time to target", in percent; default: the baseline's last accuracy of the same
+            network and seed, less 1.
     """
-    every = rows(runs)
+    every = rows(runs, target)
     models = list(dict.fromkeys(row.model for row in every))
     methods = list(dict.fromkeys(row.method for row in every))
     methods.sort(key=lambda name: ("time of" in name, name != "baseline"))
@@ -125,9 +179,8 @@ def markdown(runs: Sequence[Run], config: TrainConfig) -> str:
         f"schedule {config.schedule}, batch {config.batch_size}, "
         + (f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"),
         "",
-        "| network | method | epochs | test accuracy (%) | training time (s) | time saved (%) "
-        "| epochs skipped (%) | skip step / full step |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        f"| network | method | {' | '.join(title for title, *_ in _FIGURES.values())} |",
+        f"|---|---{'|--:' * len(_FIGURES)}|",
     ]
     for model in models:
         for method in methods:
@@ -137,27 +190,31 @@ def markdown(runs: Sequence[Run], config: TrainConfig) -> str:
     if len(models) > 1:
         for method in methods:
             lines.append(_line("**average**", method, [r for r in every if r.method == method], 1))
-    return "\n".join([*lines, "", *_notes(any(run.control for run in runs))]) + "\n"
+    notes = _notes(any(run.control for run in runs), config, target)
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def _line(model: str, method: str, group: Sequence[Row], average: bool = False) -> str:
     cells = [model, method]
-    for name, digits in zip(_FIGURES, (0, 2, 1, 1, 0, 2), strict=True):
-        values = [getattr(row, name) for row in group if getattr(row, name) is not None]
+    for name, (_, _, digits) in _FIGURES.items():
+        values = [getattr(row, name) for row in group]
+        if (method, name) == ("baseline", "saved"):
+            values = [None]
         cells.append(_cell(values, digits, spread=not average and name != "epochs"))
-    if method == "baseline":
-        cells[_FIGURES.index("saved") + 2] = "-"
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(values: Sequence[float], digits: int, *, spread: bool) -> str:
-    if not values:
+def _cell(values: Sequence[float | None], digits: int, *, spread: bool) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    text = f"{fmean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if spread and len(values) > 1 else text
+    text = f"{fmean(known):.{digits}f}"
+    if spread and len(known) > 1:
+        text += f" ± {stdev(known):.{digits}f}"
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
-def _notes(control: bool) -> list[str]:
+def _notes(control: bool, config: TrainConfig, target: float | None) -> list[str]:
     figures = "; ".join(
         f"{data} {device}: {saved['wus']} % WUS, {saved['wus+lr']} % WUS+LR"
         for (data, device), saved in PAPER.items()
@@ -165,6 +222,11 @@ def _notes(control: bool) -> list[str]:
     notes = [
         "Time saved is wall-clock training time, without evaluation, against the stock PyTorch "
         "baseline of the same schedule and seed. Accuracy is that after the last epoch.",
+        "",
+        "Time to target is the training time until the test accuracy after an epoch first reaches "
+        + ("the baseline's less 1 point" if target is None else f"{target:g} %")
+        + "; (1 of 3): that many runs have such a figure. Memory is "
+        + _MEMORY[config.torch_device().type],
         "",
         "The paper (arXiv 2012.02792) reports, as average time saved on AlexNet, VGG-11, VGG-16 "
         f"and ResNet-18: {figures}.",
@@ -179,26 +241,16 @@ def _notes(control: bool) -> list[str]:
     return notes
 
 
-def write_report(runs: Sequence[Run], config: TrainConfig, out: Path) -> str:
+def write_report(
+    runs: Sequence[Run], config: TrainConfig, out: Path, target: float | None = None
+) -> str:
     """Write ``table.md``, ``table.csv`` (a line per run) and ``plot.png``; returns the table."""
-    table = markdown(runs, config)
+    table = markdown(runs, config, target)
     write_atomic(out / "table.md", lambda file: file.write(table.encode()))
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(
-        [
-            "network",
-            "method",
-            "seed",
-            "epochs",
-            "test_accuracy_percent",
-            "train_seconds",
-            "time_saved_percent",
-            "epochs_skipped_percent",
-            "skip_step_over_full_step",
-        ]
-    )
-    for run, row in zip(runs, rows(runs), strict=True):
+    writer.writerow(["network", "method", "seed", *(name for _, name, _ in _FIGURES.values())])
+    for run, row in zip(runs, rows(runs, target), strict=True):
         figures = (getattr(row, name) for name in _FIGURES)
         writer.writerow([row.model, row.method, run.seed, *figures])
     write_atomic(out / "table.csv", lambda file: file.write(text.getvalue().encode()))

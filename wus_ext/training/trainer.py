@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import processes
-from ..skip import packed_bytes
+from ..injection import skipped_now
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError, DataError, TrainingError
@@ -21,6 +22,7 @@ from .methods import build_model, build_policy, build_scheduler
 from .progress import Progress
 from .runfolder import RunFolder
 from .seeding import mix
+from .skipping import skipped_epoch
 
 __all__ = ["Trainer", "train"]
 
@@ -144,24 +146,24 @@ class Trainer:
             steps = data.steps(config.batch_size)
             on_step = self.progress.begin(epoch, config.epochs, steps, skipped)
         try:
-            training = train_epoch(
-                self.replica,
-                data.training_batches(config.batch_size, config.seed, epoch, self.device),
-                self.optimizer,
-                device=self.device,
-                amp=config.amp,
-                scaler=self.scaler,
-                on_step=on_step,
-                cuda_graphs=config.cuda_graphs,
-                skipping=lambda: skipped,
-            )
+            with self._steps(skipped) as begin:
+                training = train_epoch(
+                    self.replica,
+                    data.training_batches(config.batch_size, config.seed, epoch, self.device),
+                    self.optimizer,
+                    device=self.device,
+                    amp=config.amp,
+                    scaler=self.scaler,
+                    on_step=on_step,
+                    cuda_graphs=config.cuda_graphs,
+                    begin=begin,
+                )
         finally:
             if self.progress:
                 self.progress.close()
         if not math.isfinite(training.loss):
             raise TrainingError(self._diverged(epoch, rate))
 
-        packed = packed_bytes(self.model)
         self._share_buffers()
         validation = self._evaluate(data.validation) if data.validation else None
         test = self._evaluate(data.test)
@@ -171,6 +173,7 @@ class Trainer:
             "epoch": epoch,
             "lr": rate,
             "skipped": skipped,
+            "skipped_steps": training.skipped,
             "train_loss": training.loss,
             "train_accuracy": training.accuracy,
             "validation_loss": validation.loss if validation else None,
@@ -181,12 +184,25 @@ class Trainer:
             "eval_seconds": test.seconds + (validation.seconds if validation else 0.0),
             "images_per_second": training.images / training.seconds,
             "step_seconds": training.step_seconds,
-            "packed_bytes": packed,
+            "peak_bytes": training.peak_bytes,
+            "packed_bytes": training.packed_bytes,
         }
         self._store(record)
         if self.progress:
             self.progress.end(record, config.epochs)
         return record
+
+    def _steps(self, skipped: bool) -> AbstractContextManager[Callable[[int], bool]]:
+        """What to call before each step of the epoch; it says whether the step skips."""
+        if not skipped:
+            return nullcontext(lambda step: False)
+        return skipped_epoch(
+            self.replica,
+            self.optimizer,
+            layers=self.policy.layers,
+            full_every=self.config.full_every,
+            bias_lr=self.config.bias_lr,
+        )
 
     def _share_buffers(self) -> None:
         """Running statistics of the first process for all, as DistributedDataParallel has it."""
@@ -200,7 +216,10 @@ class Trainer:
 
     def _decide(self, accuracy: float) -> None:
         if self.policy is not None:
-            self.policy.step(accuracy)
+            stood_still = skipped_now(self.model).values()
+            if not self.policy.step(accuracy) and self.config.window_momentum == "reset":
+                for weight in stood_still:
+                    self.optimizer.state.pop(weight, None)
         # WUSLR has stepped the scheduler already.
         if self.scheduler is not None and self.config.method != "wus+lr":
             self.scheduler.step()
