@@ -86,8 +86,8 @@ def test_awkward_sizes(name, size):
     check(*build(name), x, tolerance=2e-3 if "norm" in name else 5e-5)
 
 
-def train(model, batches, lr=0.05):
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+def train(model, batches, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **options)
     outputs = []
     for x in batches:
         optimizer.zero_grad()
@@ -98,12 +98,19 @@ def train(model, batches, lr=0.05):
     return outputs
 
 
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["sgd", "fused_sgd"])
 @pytest.mark.parametrize("name", ["conv_norm_relu", "functional", "linear", "block"])
-def test_training_follows_stock(name):
-    """Weights change between steps: what was made of them is made again, in its place."""
+def test_training_follows_stock(name, options):
+    """Weights change between steps, and fused optimizers do not tell by their versions."""
     stock, fused = build(name)
     batches = [images() for _ in range(4)]
-    expected, actual = train(stock, batches), train(fused, batches)
+    expected, actual = train(stock, batches, **options), train(fused, batches, **options)
+    for skip in (False, True):
+        wus_ext.set_skip(fused, skip)
+        for mode in (True, False):
+            x = images()
+            actual.append(fused.train(mode)(x).detach())
+            expected.append(stock.train(mode)(x).detach())
     for mine, theirs in zip(actual, expected, strict=True):
         assert relative_error(mine, theirs) < 1e-4
     for mine, theirs in zip(fused.parameters(), stock.parameters(), strict=True):

@@ -147,7 +147,7 @@ class ConvChain:
         sources: tuple[Tensor, ...],
         backward: bool,
     ) -> Algorithm:
-        return choose(
+        algorithm = choose(
             self.conv,
             geometry,
             weight,
@@ -157,6 +157,9 @@ class ConvChain:
             backward,
             input.dtype,
         )
+        if trains(self._weight()):
+            self.packed.expire(self.conv)
+        return algorithm
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class _Copy:
-    stamp: tuple
+    stamp: tuple | None
     tensor: Tensor
 
 
@@ -61,6 +61,15 @@ class PackedWeights:
     def nbytes(self) -> int:
         """Bytes that the copies take."""
         return sum(map(_nbytes, self._copies.values()))
+
+    def expire(self, layer: Hashable) -> None:
+        """Has the copies of a layer's weight made again at their next use: it is being trained.
+
+        Versions do not tell: torch's fused optimizers leave them alone.
+        """
+        for key, copy in self._copies.items():
+            if key[0] is layer:
+                copy.stamp = None
 
     def drop(self, layers: Collection[Hashable]) -> None:
         """Drops the copies of these layers' weights, whose keys begin with them."""
