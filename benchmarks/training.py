@@ -12,9 +12,9 @@ for backward and the transformed weights that it keeps; on a GPU the allocator's
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 from common import machine, table
 
@@ -23,28 +23,13 @@ from wus_ext.training.compare import CompareConfig, compare
 from wus_ext.training.report import Run, targets
 
 NETWORKS = ("alexnet", "vgg11_bn", "vgg16_bn", "resnet18")
-#: Short runs, whose accuracy still rises, and long ones, where it is flat at last.
+#: Accuracy that rises through most of a run, and one that is flat for most of it; the policy is
+#: the library's default.
 PROTOCOLS = {
-    "cifar10": {
-        "dataset": "folder",
-        "limit_train": 1920,
-        "limit_test": 1000,
-        "epochs": 10,
-        "warmup": 3,
-        "threshold": 4.0,
-        "max_window": 2,
-    },
-    "digits": {
-        "dataset": "digits",
-        "limit_train": 640,
-        "limit_test": 700,
-        "epochs": 24,
-        "warmup": 8,
-        "threshold": 3.0,
-        "max_window": 3,
-    },
+    "cifar10": {"dataset": "folder", "limit_train": 1280, "limit_test": 2000, "epochs": 16},
+    "digits": {"dataset": "digits", "limit_train": 640, "limit_test": 700, "epochs": 24},
 }
-SHARED = {"batch_size": 64, "lr": 0.02, "schedule": "cosine", "patience": 1}
+SHARED = {"batch_size": 64, "lr": 0.02, "schedule": "cosine", "full": "fused"}
 
 
 def settings(args: argparse.Namespace) -> CompareConfig:
@@ -52,7 +37,8 @@ def settings(args: argparse.Namespace) -> CompareConfig:
     names = ("limit_train", "limit_test", "epochs", "data_dir")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     base = TrainConfig(**SHARED, **(PROTOCOLS[args.protocol] | given))
-    return CompareConfig(base=base, models=(args.network,), seeds=args.seeds)
+    methods = ("baseline", "fused", "wus", "wus+lr")
+    return CompareConfig(base=base, models=(args.network,), methods=methods, seeds=args.seeds)
 
 
 def seconds(run: Run, epochs: int | None = None) -> float:
@@ -60,62 +46,93 @@ def seconds(run: Run, epochs: int | None = None) -> float:
 
     So it does not count whatever else the machine did.
     """
-    typical = {
-        kind: median(record["train_seconds"] for record in group)
-        for kind in (False, True)
-        if (group := [record for record in run.history if record["skipped"] == kind])
-    }
+    typical = {kind: median(times) for kind, times in by_kind(run, "train_seconds").items()}
     return sum(typical[record["skipped"]] for record in run.history[:epochs])
 
 
-def lines(runs: Sequence[Run], target: float | None) -> list[list[str]]:
-    """Means over the seeds; time is saved against the baseline of the same seed."""
-    wanted = targets(runs, target)
-    baseline = {run.seed: seconds(run) for run in runs if run.method == "baseline"}
+def by_kind(run: Run, figure: str) -> dict[bool, list[float]]:
+    """A figure of each epoch, of the skipped ones and of the others."""
+    groups: dict[bool, list[float]] = {}
+    for record in run.history:
+        groups.setdefault(record["skipped"], []).append(record[figure])
+    return groups
 
-    def mean(name: str, figure: Callable[[Run], float | None]) -> float | None:
-        values = [figure(run) for run in runs if run.method == name]
-        values = [value for value in values if value is not None]
-        return fmean(values) if values else None
 
-    def saved(run: Run) -> float:
-        return 100 * (1 - seconds(run) / baseline[run.seed])
+class Table:
+    """Means over the seeds; times against the baseline of the same seed."""
 
-    def to_target(name: str) -> str:
-        group = [run for run in runs if run.method == name]
-        ends = [(run, run.epochs_to(wanted[run.model, run.seed])) for run in group]
+    HEADER = (
+        "method",
+        "accuracy, %",
+        "full step, f",
+        "skip step, r",
+        "steps skipped, s, %",
+        "1 - f (1 - s) - r s, %",
+        "time saved, %",
+        "to target, s",
+        "memory, MiB",
+    )
+
+    def __init__(self, runs: Sequence[Run], target: float | None) -> None:
+        self.runs = runs
+        self.targets = targets(runs, target)
+        self.baseline = {run.seed: run for run in runs if run.method == "baseline"}
+
+    def lines(self) -> list[list[str]]:
+        """A line for each method, its controls behind it."""
+        methods = list(dict.fromkeys(run.method for run in self.runs if not run.control))
+        controls = list(dict.fromkeys(run.method for run in self.runs if run.control))
+        ordered = [
+            name
+            for method in methods
+            for name in (method, *(c for c in controls if c.endswith(f" in the time of {method}")))
+        ]
+        return [self._line(name) for name in ordered]
+
+    def _line(self, name: str) -> list[str]:
+        group = [run for run in self.runs if run.method == name]
+        steps = [self._steps(run) for run in group]
+        full, skip = (mean([step.get(kind) for step in steps]) for kind in (False, True))
+        skipped = mean([run.skipped for run in group])
+        predicted = 100 - full * (100 - skipped) - (skip or 0.0) * skipped
+        saved = mean([100 * (1 - seconds(run) / self._stock(run)) for run in group])
+        accuracies = [run.accuracy for run in group]
+        spread = f" ± {stdev(accuracies):.1f}" if len(group) > 1 else ""
+        return [
+            name,
+            f"{fmean(accuracies):.1f}{spread}",
+            f"{full:.2f}",
+            "-" if skip is None else f"{skip:.2f}",
+            f"{skipped:.0f}",
+            f"{predicted:.0f}",
+            f"{saved:.0f}",
+            self._to_target(group),
+            self._memory(group),
+        ]
+
+    def _stock(self, run: Run) -> float:
+        return seconds(self.baseline[run.seed])
+
+    def _steps(self, run: Run) -> dict[bool, float]:
+        """A full and a skip step in stock's full steps."""
+        stock = median(by_kind(self.baseline[run.seed], "step_seconds")[False])
+        return {kind: median(times) / stock for kind, times in by_kind(run, "step_seconds").items()}
+
+    def _to_target(self, group: Sequence[Run]) -> str:
+        ends = [(run, run.epochs_to(self.targets[run.model, run.seed])) for run in group]
         reached = [seconds(run, end) for run, end in ends if end]
         some = f" ({len(reached)} of {len(group)})" if len(reached) < len(group) else ""
         return f"{fmean(reached):.0f}{some}" if reached else "-"
 
-    def memory(name: str) -> str:
-        full, skip = (mean(name, lambda run, s=s: run.memory(skipped=s)) for s in (False, True))
-        return " -> ".join(f"{mib:.0f}" for mib in (full, skip) if mib is not None) or "-"
+    def _memory(self, group: Sequence[Run]) -> str:
+        peaks = [mean([run.memory(skipped=kind) for run in group]) for kind in (False, True)]
+        return " -> ".join(f"{mib:.0f}" for mib in peaks if mib is not None) or "-"
 
-    made = []
-    for name in dict.fromkeys(run.method for run in runs if not run.control):
-        accuracy = f"{mean(name, lambda run: run.accuracy):.1f}"
-        if name == "baseline":
-            made.append(["stock", accuracy, *"----", to_target(name), memory(name), *"---"])
-            continue
-        skipped, cost = mean(name, lambda run: run.skipped), mean(name, lambda run: run.skip_cost)
-        control = f"baseline in the time of {name}"
-        made.append(
-            [
-                name.upper(),
-                accuracy,
-                f"{skipped:.0f}",
-                "-" if cost is None else f"{cost:.2f}",
-                "-" if cost is None else f"{skipped * (1 - cost):.0f}",
-                f"{mean(name, saved):.0f}",
-                to_target(name),
-                memory(name),
-                f"{mean(control, saved):.0f}",
-                f"{mean(control, lambda run: run.accuracy):.1f}",
-                to_target(control),
-            ]
-        )
-    return made
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    values = [value for value in values if value is not None]
+    return fmean(values) if values else None
 
 
 def main() -> None:
@@ -142,21 +159,8 @@ def main() -> None:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; the same command goes on from here\n")
-    header = [
-        "method",
-        "accuracy, %",
-        "steps skipped, s, %",
-        "skip / full step, r",
-        "s (1 - r), %",
-        "time saved, %",
-        "to target, s",
-        "memory, MiB",
-        "control: time saved, %",
-        "control: accuracy, %",
-        "control: to target, s",
-    ]
     print(f"{args.network}, {args.protocol}, {args.seeds} seeds; {machine()}\n")
-    print(table(header, lines(runs, args.target)))
+    print(table(list(Table.HEADER), Table(runs, args.target).lines()))
 
 
 if __name__ == "__main__":

@@ -268,3 +268,14 @@ def test_compiled_full_steps_are_stock():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         wus_ext.convert(nn.Linear(2, 2), **settings)
+
+
+def test_folded_copies_do_not_outlive_evaluation():
+    stock, fused = build("conv_norm_relu")
+    run(fused, images())
+    trained = set(copies(fused))
+    with torch.no_grad():
+        fused.eval()(images())
+    assert set(copies(fused)) > trained
+    run(fused.train(), images())
+    assert set(copies(fused)) == trained

@@ -113,6 +113,7 @@ class ConvChain:
         backward = wants_dgrad(input) if below is None else below.wants_grad()
         if norm is not None and skip_nn.uses_batch_statistics(norm):
             input = input if below is None else below.settled()
+            self.packed.drop_folded(conv)
             algorithm = self._choose(input, geometry, weight, sources, backward)
             gamma = norm.weight
             if gamma is not None and getattr(norm, "skip_wgrad", False):

@@ -38,7 +38,7 @@ _GROUPS = {
     ),
     "how to skip (wus, wus+lr)": (
         *("skip_layers", "full_every", "train_gamma", "bias_lr", "window_momentum"),
-        *("norm", "algo", "packed_budget"),
+        *("full", "norm", "algo", "packed_budget"),
     ),
     "data": (
         *("data_dir", "download", "limit_train", "limit_test", "validation", "memory_budget"),
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     comparison.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="METHOD",
-        help=f"methods, of {', '.join(METHODS)} (default: all)",
+        help=f"methods, of {', '.join(METHODS)} (default: baseline wus wus+lr)",
     )  # fmt: skip
     comparison.add_argument(
         "--seeds", type=int, metavar="N", help="runs of each, seeds 0 to N - 1 (default: 1)"

@@ -71,6 +71,12 @@ class PackedWeights:
             if key[0] is layer:
                 copy.stamp = None
 
+    def drop_folded(self, layer: Hashable) -> None:
+        """Drops what was made of a layer's weight and the statistics of its norm, which change."""
+        for key, copy in list(self._copies.items()):
+            if key[0] is layer and copy.stamp is not None and len(copy.stamp) > 1:
+                del self._copies[key]
+
     def drop(self, layers: Collection[Hashable]) -> None:
         """Drops the copies of these layers' weights, whose keys begin with them."""
         for key in [key for key in self._copies if key[0] in layers]:

@@ -154,6 +154,30 @@ def test_the_control_gets_the_time_of_the_method(tmp_path, small, monkeypatch):
     assert not any(record["skipped"] for record in baseline.history)
 
 
+def test_fused_full_steps_are_a_control_of_their_own(tmp_path, small, monkeypatch):
+    original = Trainer.run_epoch
+
+    def run_epoch(self):
+        record = original(self)
+        full = 4.0 if self.config.method == "baseline" else 2.0
+        record["train_seconds"] = 1.0 if record["skipped"] else full
+        return record
+
+    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+    base = tiny.CONFIG.replace(epochs=8, max_window=9, warmup=0, schedule="constant", full="fused")
+    methods = ("baseline", "fused", "wus")
+    runs = compare(CompareConfig(base=base, methods=methods), tmp_path)
+    # WUS takes 2 * 2 + 6 * 1 = 10 s, fused 16, the baseline 32.
+    assert {run.method: (len(run.history), run.seconds) for run in runs} == {
+        "baseline": (8, 32.0),
+        "fused": (8, 16.0),
+        "wus": (8, 10.0),
+        "baseline in the time of fused": (4, 16.0),
+        "baseline in the time of wus": (2, 8.0),
+        "fused in the time of wus": (5, 10.0),
+    }
+
+
 def test_an_interrupted_comparison_resumes_and_repeats_nothing(tmp_path, small, monkeypatch):
     config = CompareConfig(base=tiny.CONFIG, control=False)
     original, epochs = Trainer.run_epoch, []

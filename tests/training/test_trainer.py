@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import wus_ext
 from wus_ext.training import ConfigError, DataError, TrainConfig, Trainer, TrainingError, train
 from wus_ext.training.checkpoint import link_atomic, load_checkpoint, write_atomic
 from wus_ext.training.runfolder import RunFolder
@@ -26,7 +27,7 @@ def weights(run):
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-METHODS = ["baseline", "wus", "wus+lr"]
+METHODS = ["baseline", "fused", "wus", "wus+lr"]
 
 
 # What the methods do
@@ -50,6 +51,17 @@ def test_named_networks_start_from_the_same_weights_under_each_method():
     assert all(type(m).__module__.startswith("torch.nn") for m in runs[0].model.features)
     for run in runs[1:]:
         assert torch.equal(weights(run), weights(runs[0]))
+
+
+@pytest.mark.parametrize("settings", [{"method": "fused"}, {"method": "wus", "full": "fused"}])
+def test_fused_full_steps_train_as_stock_ones(settings):
+    baseline, fused = trainer(method="baseline"), trainer(warmup=4, **settings)
+    assert wus_ext.is_skipping(fused.model) is False
+    for theirs, mine in zip(baseline.run(), fused.run(), strict=True):
+        assert not mine["skipped"]
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+    assert fused.model._skip_programs.options.full == "fused"
+    torch.testing.assert_close(weights(fused), weights(baseline), rtol=1e-4, atol=1e-5)
 
 
 def test_methods_agree_until_the_first_skipped_epoch():
@@ -191,7 +203,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, meth
         {k: v for k, v in r.items() if "second" not in k} for r in second.history + whole.history
     ]
     assert timeless[:4] == timeless[4:]
-    assert method == "baseline" or any(record["skipped"] for record in whole.history)
+    assert method in ("baseline", "fused") or any(record["skipped"] for record in whole.history)
 
 
 def test_resuming_repairs_what_a_crash_left_behind(tmp_path):

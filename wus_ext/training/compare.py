@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .checkpoint import write_atomic
-from .config import METHODS, RELOCATABLE, TrainConfig
+from .config import METHODS, RELOCATABLE, SKIPPING, TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError
 from .loop import train_epoch
@@ -34,15 +34,16 @@ class CompareConfig:
     Args:
         base: the settings that all runs share; its model, method and seed do not matter.
         models: networks, see :data:`~wus_ext.training.config.MODELS`.
-        methods: any of ``baseline``, ``wus``, ``wus+lr``. The baseline always runs: everything is
-            measured against it.
+        methods: any of ``baseline``, ``fused``, ``wus``, ``wus+lr``. The baseline always runs:
+            everything is measured against it.
         seeds: runs of each, with the seeds 0, 1, ...
-        control: also train the baseline for only as long as each method took.
+        control: also train the baseline, and ``fused`` if it is one of the methods, for only as
+            long as each method took.
     """
 
     base: TrainConfig
     models: tuple[str, ...] = ("vgg11",)
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("baseline", *SKIPPING)
     seeds: int = 1
     control: bool = True
 
@@ -223,20 +224,21 @@ def _controls(
     *,
     verbose: bool,
 ) -> list[Run]:
-    """The baseline, given only each method's training time: what simply training less reaches."""
-    baseline = _seconds(histories["baseline"])
+    """What never skips, given only each other method's time: what training less reaches."""
     runs = []
-    for name, history in histories.items():
-        if name == "baseline":
-            continue
-        epochs = max(1, min(base.epochs, round(base.epochs * _seconds(history) / baseline)))
-        if epochs == base.epochs:
-            control = histories["baseline"]
-        else:
-            config = base.replace(method="baseline", epochs=epochs)
-            label = f"baseline-{epochs}-epochs"
-            control = _train_in_turns({label: config}, out, data, verbose=verbose)[label]
-        runs.append(Run(base.model, f"baseline in the time of {name}", base.seed, control))
+    for full in ("baseline", "fused"):
+        for name, history in histories.items():
+            if full not in histories or name in ("baseline", full):
+                continue
+            share = _seconds(history) / _seconds(histories[full])
+            epochs = max(1, min(base.epochs, round(base.epochs * share)))
+            if epochs == base.epochs:
+                control = histories[full]
+            else:
+                config = base.replace(method=full, epochs=epochs)
+                label = f"{full}-{epochs}-epochs"
+                control = _train_in_turns({label: config}, out, data, verbose=verbose)[label]
+            runs.append(Run(base.model, f"{full} in the time of {name}", base.seed, control))
     return runs
 
 

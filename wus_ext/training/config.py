@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import processes
-from ..options import ALGORITHMS, NORMS
+from ..options import ALGORITHMS, FULL, NORMS
 from ..policy import Settings
 from .errors import ConfigError
 
@@ -21,7 +21,8 @@ __all__ = ["DATASETS", "METHODS", "MODELS", "TrainConfig"]
 
 MODELS = ("alexnet", "vgg11", "vgg11_bn", "vgg16", "vgg16_bn", "resnet18")
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
-METHODS = ("baseline", "wus", "wus+lr")
+METHODS = ("baseline", "fused", "wus", "wus+lr")
+SKIPPING = ("wus", "wus+lr")
 SCHEDULES = ("constant", "cosine", "step")
 AMP = ("off", "bf16", "fp16")
 WATCH = ("train", "validation")
@@ -57,8 +58,9 @@ class TrainConfig:
     )
     method: str = option(
         "wus",
-        "baseline: stock PyTorch layers; wus: Weight Update Skipping; wus+lr: the same, but a drop "
-        "of the learning rate reopens weight updates",
+        "baseline: stock PyTorch; fused: no skipping, but full steps on the skip step's kernels "
+        "(CPU, float32); wus: Weight Update Skipping; wus+lr: the same, but a drop of the learning "
+        "rate reopens weight updates",
         choices=METHODS,
     )
 
@@ -124,8 +126,14 @@ class TrainConfig:
     window_momentum: str = option(
         "keep",
         "momentum of the weights that skipped, after a skip window: keep (as it was before) or "
-        "reset (to none)",
+        "reset (to zero)",
         choices=MOMENTA,
+    )
+    full: str = option(
+        "stock",
+        "full steps of wus and wus+lr: stock (PyTorch's, bit for bit) or fused (on the CPU in "
+        "float32 the skip step's kernels: faster, equal up to rounding)",
+        choices=FULL,
     )
     norm: str = option(
         "batch",
@@ -222,6 +230,7 @@ class TrainConfig:
             "norm": self.norm,
             "algo": self.algo,
             "memory_budget": budget,
+            "full": "fused" if self.method == "fused" else self.full,
         }
 
     def policy_settings(self) -> dict[str, Any]:

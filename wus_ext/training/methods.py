@@ -13,7 +13,7 @@ from .. import models
 from ..policy import WUS, WUSLR
 from ..skip import convert, revert
 from ..window import set_skip
-from .config import TrainConfig
+from .config import SKIPPING, TrainConfig
 from .errors import ConfigError
 
 __all__ = ["build_model", "build_policy", "build_scheduler", "check_layers"]
@@ -57,14 +57,14 @@ def build_scheduler(
 def build_policy(
     config: TrainConfig, model: nn.Module, scheduler: lr_scheduler.LRScheduler | None
 ) -> Any:
-    """The :class:`wus_ext.WUS` or :class:`wus_ext.WUSLR` of ``config``; ``None`` for the baseline.
+    """The :class:`wus_ext.WUS` or :class:`wus_ext.WUSLR` of ``config``; ``None`` without skipping.
 
     ``WUSLR`` steps the scheduler itself.
 
     Raises:
         ConfigError: ``skip_layers`` means no layer of ``model``.
     """
-    if config.method == "baseline":
+    if config.method not in SKIPPING:
         return None
     check_layers(config, model)
     settings = {"layers": config.skip_layers or None, **config.policy_settings()}
@@ -79,7 +79,7 @@ def check_layers(config: TrainConfig, model: nn.Module | None = None) -> None:
     Raises:
         ConfigError: a pattern matches nothing, or all together nothing that can skip.
     """
-    if config.method == "baseline" or not config.skip_layers:
+    if config.method not in SKIPPING or not config.skip_layers:
         return
     if model is None:
         with torch.device("meta"):  # names are all that is needed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, BinaryIO
 
-from .config import TrainConfig
+from .config import SKIPPING, TrainConfig
 from .errors import require
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = {"baseline": "#333333", "wus": "#0072B2", "wus+lr": "#D55E00"}
-_NAMES = {"baseline": "stock PyTorch", "wus": "WUS", "wus+lr": "WUS+LR"}
+_COLOURS = {"baseline": "#333333", "fused": "#009E73", "wus": "#0072B2", "wus+lr": "#D55E00"}
+_NAMES = {"baseline": "stock", "fused": "fused", "wus": "WUS", "wus+lr": "WUS+LR"}
 _FAINT = "#888888"
 
 
@@ -50,7 +50,7 @@ def draw(runs: Sequence[Run], config: TrainConfig, file: BinaryIO) -> None:
 
 def _panel(figure, cell, model: str, runs: Sequence[Run]) -> None:
     methods = [run for run in runs if not run.control]
-    skipping = [run for run in methods if run.method != "baseline"]
+    skipping = [run for run in methods if run.method in SKIPPING]
     parts = cell.subgridspec(2, 1, height_ratios=[12, max(1, len(skipping))], hspace=0.04)
     axes = figure.add_subplot(parts[0])
     lanes = figure.add_subplot(parts[1], sharex=axes)
@@ -62,16 +62,16 @@ def _panel(figure, cell, model: str, runs: Sequence[Run]) -> None:
         axes.plot(times[-1], accuracies[-1], "o", color=colour, ms=6)
     for run in runs:
         if run.control:
-            name = run.method.rpartition(" ")[2]
+            full, _, name = run.method.partition(" in the time of ")
             axes.plot(
                 _ends(run)[-1],
                 run.accuracy,
-                "D",
+                "D" if full == "baseline" else "s",
                 ms=7,
                 mfc="white",
                 mew=1.8,
                 color=_COLOURS[name],
-                label=f"stock in {_NAMES[name]}'s time",
+                label=f"{_NAMES[full]} in {_NAMES[name]}'s time",
             )
     axes.set_title(model, loc="left", fontweight="bold")
     axes.set_ylabel("test accuracy (%)")

@@ -34,7 +34,8 @@ class Run:
 
     Args:
         model: the network.
-        method: ``baseline``, ``wus``, ``wus+lr`` or ``baseline in the time of ...``.
+        method: ``baseline``, ``fused``, ``wus``, ``wus+lr``, or one of the first two ``in the time
+            of`` another.
         seed: of weights and data order.
         history: its records, as in ``metrics.jsonl``.
     """
@@ -46,7 +47,7 @@ class Run:
 
     @property
     def control(self) -> bool:
-        """Whether this is a baseline shortened to the time of a method."""
+        """Whether this is a run without skipping, shortened to the time of a method."""
         return " in the time of " in self.method
 
     @property
@@ -235,8 +236,9 @@ def _notes(control: bool, config: TrainConfig, target: float | None) -> list[str
         notes[1:1] = [
             "",
             "*baseline in the time of* a method is stock PyTorch, trained for as many epochs as "
-            "fit into that method's time, its schedule shortened alike. A method is worth its "
-            "while only where it beats this row.",
+            "fit into that method's time, its schedule shortened alike, and *fused in the time of* "
+            "it the same with fused full steps. Skipping is worth its while only where it beats "
+            "these rows.",
         ]
     return notes
 

@@ -94,6 +94,7 @@ class Trainer:
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=True if self.device.type == "cpu" else None,  # the fastest of each device
         )
         self.scheduler = build_scheduler(config, self.optimizer)
         self.policy = build_policy(config, self.replica, self.scheduler)
@@ -218,8 +219,11 @@ class Trainer:
         if self.policy is not None:
             stood_still = skipped_now(self.model).values()
             if not self.policy.step(accuracy) and self.config.window_momentum == "reset":
+                # Zero is as good as none, which torch's fused SGD takes for all or nothing.
                 for weight in stood_still:
-                    self.optimizer.state.pop(weight, None)
+                    momentum = self.optimizer.state[weight].get("momentum_buffer")
+                    if momentum is not None:
+                        momentum.zero_()
         # WUSLR has stepped the scheduler already.
         if self.scheduler is not None and self.config.method != "wus+lr":
             self.scheduler.step()
