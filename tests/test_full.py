@@ -271,7 +271,7 @@ def test_bad_settings(settings, message):
 
 
 def test_folded_copies_do_not_outlive_evaluation():
-    stock, fused = build("conv_norm_relu")
+    _, fused = build("conv_norm_relu")
     run(fused, images())
     trained = set(copies(fused))
     with torch.no_grad():

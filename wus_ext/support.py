@@ -63,10 +63,10 @@ class Unchanged:
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._version = weight._version
+        self._version = None if weight.is_inference() else weight._version
 
     def __call__(self) -> Tensor:
-        if self._weight._version != self._version:
+        if self._version is not None and self._weight._version != self._version:
             raise RuntimeError(
                 f"a weight of shape {list(self._weight.shape)} that backward needs was modified by "
                 "an inplace operation after the forward pass"
