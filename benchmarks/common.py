@@ -44,7 +44,11 @@ class TrainingStep:
     ) -> None:
         self.model, self.input, self.target, self.amp = model, input, target, amp
         self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4
+            model.parameters(),
+            lr=1e-4,
+            momentum=0.9,
+            weight_decay=5e-4,
+            fused=True if input.device.type == "cpu" else None,  # the fastest of each device
         )
 
     def loss(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Bytes saved for backward by a skip step against stock's steps, and what the packed weights take.
+"""Bytes saved for backward by our steps against stock's, and what the packed weights take.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --norm frozen --models vgg16_bn resnet18
@@ -43,15 +43,19 @@ def measure(name: str, args: argparse.Namespace) -> list[str]:
     amp = None if args.amp == "off" else getattr(torch, args.amp)
     full = TrainingStep(copy.deepcopy(stock), images, labels, amp)
     frozen = TrainingStep(freeze(copy.deepcopy(stock)), images, labels, amp)
-    skip = TrainingStep(wus_ext.convert(stock, norm=args.norm, algo=args.algo), images, labels, amp)
+    ours = [
+        wus_ext.convert(copy.deepcopy(stock), norm=args.norm, algo=args.algo, full=name)
+        for name in ("fused", "stock")
+    ]
+    fused, skip = (TrainingStep(model, images, labels, amp) for model in ours)
     wus_ext.set_skip(skip.model, True)
-    sizes = [saved(step) for step in (full, frozen, skip)]
+    sizes = [saved(step) for step in (full, frozen, fused, skip)]
     peaks = [peak_bytes(step) for step in (full, skip)]
     return [
         name,
         str(args.batch_size),
         *(f"{size / MIB:.1f}" for size in sizes),
-        f"**{sizes[2] / sizes[0]:.3f}**",
+        f"**{sizes[3] / sizes[0]:.3f}**",
         f"{wus_ext.packed_bytes(skip.model) / MIB:.0f}",
         " -> ".join("-" if peak is None else f"{peak / MIB:.0f}" for peak in peaks),
     ]
@@ -62,6 +66,7 @@ HEADER = [
     "batch",
     "stock full, MiB",
     "stock frozen, MiB",
+    "fused full, MiB",
     "skip, MiB",
     "skip / full",
     "packed weights, MiB",

@@ -3,10 +3,10 @@
     python benchmarks/steps.py                                   # the four networks, batch 64
     python benchmarks/steps.py --models vgg16 --batch-size 128 --tuned-malloc
     python benchmarks/steps.py --norm frozen --models vgg16_bn resnet18
-    python benchmarks/steps.py --no-ablation --compile --models resnet18
+    python benchmarks/steps.py --compile --models resnet18
 
 Stock runs channels_last and NCHW, and the faster one counts (torch.compile too, with --compile).
-"ablation" is a full step with the skip step's own convolutions, its weights transformed anew each
+"fused" is a full step on the skip step's kernels (full="fused"), its weights transformed anew each
 step: skipping is the rest. "first" is a skip step right after a weight change, packing included.
 """
 
@@ -54,15 +54,15 @@ def variants(name: str, args: argparse.Namespace) -> dict[str, TrainingStep]:
     wus_ext.set_skip(made["skip"].model, True)
     if args.compile:
         made["full, compiled"] = step(torch.compile(copy.deepcopy(stock)))
-    if args.ablation and args.device == "cpu":
-        from ablation import accelerate
-
-        made["ablation"] = step(accelerate(copy.deepcopy(stock)))
+    if args.device == "cpu" and args.fuse:
+        made["fused"] = step(
+            wus_ext.convert(copy.deepcopy(stock), norm=args.norm, algo=args.algo, full="fused")
+        )
     return made
 
 
 def check(made: dict[str, TrainingStep], norm: str) -> None:
-    """The skip step computes what stock's frozen step computes, before anything is timed."""
+    """Steps compute what stock's compute, before anything is timed."""
     frozen, skip = made["frozen"], made["skip"]
     losses = []
     for step in (frozen, skip):
@@ -75,6 +75,15 @@ def check(made: dict[str, TrainingStep], norm: str) -> None:
     for name, parameter in skip.model.named_parameters():
         if (parameter.grad is not None) != name.endswith("bias"):
             raise SystemExit(f"{name}: wrong gradient in a skip step")
+    if fused := made.get("fused"):
+        torch.manual_seed(0)
+        loss = fused.loss()
+        loss.backward()
+        if abs(losses[0] - loss.item()) > 1e-3 * abs(losses[0]):
+            raise SystemExit(f"fused full step's loss is {loss.item()}, stock's {losses[0]}")
+        for name, parameter in fused.model.named_parameters():
+            if parameter.grad is None:
+                raise SystemExit(f"{name}: no gradient in a fused full step")
 
 
 def first_skip_step(step: TrainingStep, rounds: int) -> list[float]:
@@ -97,7 +106,7 @@ def measure(name: str, args: argparse.Namespace) -> list[str]:
     best = next(v for v in seconds if v.startswith("full") and median_ms(seconds[v]) == full)
     skip = median_ms(seconds["skip"])
     first = median_ms(first_skip_step(made["skip"], 3))
-    ablation = f"{median_ms(seconds['ablation']) / full:.2f}" if "ablation" in seconds else "-"
+    fused = median_ms(seconds["fused"]) if "fused" in seconds else None
     return [
         name,
         str(args.batch_size),
@@ -105,7 +114,8 @@ def measure(name: str, args: argparse.Namespace) -> list[str]:
         f"{median_ms(seconds['frozen']) / full:.2f}",
         f"{skip:.1f} ± {spread(seconds['skip']):.0%}",
         f"**{skip / full:.3f}**",
-        ablation,
+        "-" if fused is None else f"**{fused / full:.3f}**",
+        "-" if fused is None else f"{skip / fused:.2f}",
         f"{(first - skip) / full:.2f}",
     ]
 
@@ -117,7 +127,8 @@ HEADER = [
     "frozen / full",
     "skip, ms",
     "skip / full",
-    "ablation / full",
+    "fused full / full",
+    "skip / fused full",
     "(first - skip) / full",
 ]
 
@@ -133,7 +144,6 @@ def main() -> None:
     parser.add_argument("--norm", choices=("batch", "frozen"), default="batch")
     parser.add_argument("--algo", choices=("auto", "direct", "f2", "f4"), default="auto")
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--ablation", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true", help="torch.compile as a stock variant")
     parser.add_argument("--tuned-malloc", action="store_true", help="for both sides (glibc)")
     args = parser.parse_args()

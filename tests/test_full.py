@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -252,7 +253,6 @@ def test_second_derivatives_are_refused():
 
 def test_compiled_full_steps_are_stock():
     stock, fused = build("conv_relu")
-    expected, _, grad_output = run(stock, images())
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
     x = images()
     expected, wanted, grad_output = run(stock, x)
@@ -276,6 +276,97 @@ def test_folded_copies_do_not_outlive_evaluation():
     trained = set(copies(fused))
     with torch.no_grad():
         fused.eval()(images())
-    assert set(copies(fused)) > trained
-    run(fused.train(), images())
     assert set(copies(fused)) == trained
+
+
+LARGE = nn.Sequential(
+    nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+    nn.Linear(8 * 6 * 5, 1200), nn.ReLU(), nn.Linear(1200, 4),
+)  # fmt: skip
+
+
+def silent_update(model):
+    """Changes weights as torch's fused optimizers do: no version tells."""
+    for parameter in model.parameters():
+        parameter.data.mul_(1.2)
+
+
+def skip_step(model, x):
+    with wus_ext.skip_weight_updates(model):
+        run(model, x)
+
+
+def stock_step(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, x)
+
+
+def evaluate(model, x):
+    with torch.no_grad():
+        model.eval()(x)
+    model.train()
+
+
+@pytest.mark.parametrize("last", [run, skip_step, evaluate])
+@pytest.mark.parametrize("between", [run, stock_step, evaluate])
+@pytest.mark.parametrize("first", [run, skip_step, evaluate])
+def test_no_copy_outlives_a_silent_update(first, between, last):
+    """Whatever ran before, what runs next sees the weights as they are."""
+    torch.manual_seed(0)
+    stock = copy.deepcopy(LARGE)
+    fused = wus_ext.convert(copy.deepcopy(LARGE), full="fused")
+    x = images((4, 8, 12, 10))
+    first(fused, x)
+    between(fused, x)
+    silent_update(fused)
+    if last is skip_step:  # what skips is updated after a step that trains it
+        run(fused, x)
+        silent_update(fused)
+    last(fused, x)
+    stock.load_state_dict(fused.state_dict())
+    context = wus_ext.skip_weight_updates(fused) if last is skip_step else nullcontext()
+    with context, torch.no_grad():
+        for mode in (False, True):
+            error = relative_error(fused.train(mode)(x), stock.train(mode)(x))
+            assert error < 1e-5
+
+
+@pytest.mark.parametrize("full", ["stock", "fused"])
+def test_layers_that_take_turns_to_skip(full):
+    """Each trains while the other skips, under an optimizer that raises no versions."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+    )
+    model = wus_ext.convert(copy.deepcopy(stock), full=full)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    for turn in range(4):
+        optimizer.zero_grad()
+        with wus_ext.skip_weight_updates(model, layers="02"[turn % 2]):
+            model(images((2, 8, 12, 10))).square().mean().backward()
+        optimizer.step()
+    stock.load_state_dict(model.state_dict())
+    x = images((2, 8, 12, 10))
+    for layer in "02":
+        with wus_ext.skip_weight_updates(model, layers=layer):
+            assert relative_error(model(x), stock(x)) < 1e-5
+
+
+def test_torch_func_runs_stock():
+    stock, fused = build("conv_relu")
+    x = images()
+    expected, actual = (
+        torch.func.grad(lambda x, model=model: model(x).sum())(x) for model in (stock, fused)
+    )
+    assert torch.equal(actual, expected)
+    outputs = [torch.func.jvp(model, (x,), (torch.ones_like(x),)) for model in (stock, fused)]
+    for mine, theirs in zip(*outputs, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        stock, fused = build("conv_norm_relu")
+        x = images()
+        for mode in (True, False):
+            assert relative_error(fused.train(mode)(x), stock.train(mode)(x)) < 1e-5

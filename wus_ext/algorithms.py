@@ -481,18 +481,20 @@ def _packed(
 ) -> tuple[Tensor, Tensor | None] | None:
     """A weight packed for the forward pass and the data gradient, or None over the budget.
 
-    `again` packs it where it was packed before.
+    `again` packs it where it was packed before, unless a normalisation is folded in.
     """
     keys = [(*key, len(sources), direction) for direction in ("forward", "dgrad")]
     if not packed.fits(keys, lambda: packed_nbytes(shaped, pack)):
         return None
+
+    in_place = again is not None and len(sources) == 1
 
     def copy(key: tuple, dgrad: bool) -> Tensor:
         return packed.get(
             key,
             sources,
             lambda: pack(weight(), dgrad),
-            None if again is None else lambda old: again(old, weight(), dgrad),
+            (lambda old: again(old, weight(), dgrad)) if in_place else None,
         )
 
     return copy(keys[0], False), copy(keys[1], True) if backward else None

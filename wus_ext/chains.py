@@ -49,6 +49,7 @@ class ConvChain:
     def __call__(
         self, input: Tensor | Held, channels_last: bool, residual: Tensor | None = None
     ) -> Tensor | Held:
+        expire_unless_skipping(self.conv, self.packed)
         below, input = opened(input)
         dtype = self._fused_dtype(input, residual)
         if below is not None and dtype != input.dtype:
@@ -113,7 +114,6 @@ class ConvChain:
         backward = wants_dgrad(input) if below is None else below.wants_grad()
         if norm is not None and skip_nn.uses_batch_statistics(norm):
             input = input if below is None else below.settled()
-            self.packed.drop_folded(conv)
             algorithm = self._choose(input, geometry, weight, sources, backward)
             gamma = norm.weight
             if gamma is not None and getattr(norm, "skip_wgrad", False):
@@ -158,8 +158,7 @@ class ConvChain:
             backward,
             input.dtype,
         )
-        if trains(self._weight()):
-            self.packed.expire(self.conv)
+        expire_unless_skipping(self.conv, self.packed)
         return algorithm
 
 
@@ -180,6 +179,7 @@ class LinearChain:
     above: LinearChain | None = None
 
     def __call__(self, input: Tensor | Held) -> Tensor | Held:
+        expire_unless_skipping(self.linear, self.packed)
         below, input = opened(input)
         dtype = self._fused_dtype(input, input.size(-1) if input.dim() == 2 else -1)
         if below is not None and dtype != input.dtype:
@@ -249,6 +249,12 @@ def opened(input: Tensor | Held) -> tuple[Held | None, Tensor]:
 def may_fuse(layer: skip_nn.SkipLayer, options: SkipOptions) -> bool:
     """Whether a layer may run fused: it skips, or its full steps are not to be stock's."""
     return layer.skip_wgrad or (options.full == "fused" and not on_gpu(layer.weight))
+
+
+def expire_unless_skipping(layer: skip_nn.SkipLayer, packed: PackedWeights) -> None:
+    """What is made of a weight that trains serves one call only."""
+    if not layer.skip_wgrad:
+        packed.expire((layer,))
 
 
 def trains(weight: Tensor | None) -> bool:

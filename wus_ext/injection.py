@@ -84,9 +84,10 @@ class SkipModel(SkipModule):
         if cache is None:
             return super().forward(*args, **kwargs)
         _notify(self)
-        if not self.skip_window and cache.options.full == "stock":
+        if not self.skip_window:
             cache.end_window()
-            return super().forward(*args, **kwargs)
+            if cache.options.full == "stock":
+                return super().forward(*args, **kwargs)
         program = None
         # torch.func.functional_call puts plain tensors in, which a traced program would keep.
         if all(isinstance(parameter, nn.Parameter) for parameter in self.parameters()):

@@ -41,7 +41,8 @@ class SkipOptions:
             for bit the same. Default: none. Not yet run on a GPU.
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
             ``"fused"``, on the CPU in float32: the same chains and convolutions as in skip steps,
-            with weight gradients by Winograd as well; equal to stock's up to rounding.
+            with weight gradients by Winograd as well; equal to stock's up to rounding. Then
+            ``forward`` is read once per mode for full steps too, as ``fuse`` says.
 
     Raises:
         ValueError: for a value that is none of these, or an epilogue that this build does not have;

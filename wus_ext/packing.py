@@ -13,11 +13,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .support import version
+
 
 @dataclass
 class _Copy:
     stamp: tuple | None
     tensor: Tensor
+    again: bool  # can be made in its place
 
 
 class PackedWeights:
@@ -42,12 +45,13 @@ class PackedWeights:
 
         `remake` makes it in the place of the old one, where no graph may still need that.
         """
-        stamp = tuple((source.data_ptr(), source._version) for source in sources)
+        stamp = tuple((source.data_ptr(), version(source)) for source in sources)
         copy = self._copies.pop(key, None)
         if copy is None or copy.stamp != stamp:
             # Two references: the copy's own, and getrefcount's argument.
             reuse = remake and copy is not None and sys.getrefcount(copy.tensor) == 2
-            copy = _Copy(stamp, remake(copy.tensor) if reuse else make())
+            tensor = remake(copy.tensor) if reuse else make()
+            copy = _Copy(stamp, tensor, again=remake is not None)
         self._copies[key] = copy
         return copy.tensor
 
@@ -62,19 +66,18 @@ class PackedWeights:
         """Bytes that the copies take."""
         return sum(map(_nbytes, self._copies.values()))
 
-    def expire(self, layer: Hashable) -> None:
-        """Has the copies of a layer's weight made again at their next use: it is being trained.
+    def expire(self, layers: Collection[Hashable] | None = None) -> None:
+        """Has what was made of these layers' weights, or of all, made again at its next use.
 
-        Versions do not tell: torch's fused optimizers leave them alone.
+        The weights may change, and versions do not tell: torch's fused optimizers leave them alone.
+        Only what can be made in its place is kept.
         """
-        for key, copy in self._copies.items():
-            if key[0] is layer:
-                copy.stamp = None
-
-    def drop_folded(self, layer: Hashable) -> None:
-        """Drops what was made of a layer's weight and the statistics of its norm, which change."""
         for key, copy in list(self._copies.items()):
-            if key[0] is layer and copy.stamp is not None and len(copy.stamp) > 1:
+            if layers is not None and key[0] not in layers:
+                continue
+            if copy.again:
+                copy.stamp = None
+            else:
                 del self._copies[key]
 
     def drop(self, layers: Collection[Hashable]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -26,6 +27,9 @@ from .options import SkipOptions
 from .packing import PackedWeights
 
 logger = logging.getLogger("wus_ext")
+
+# torch.fx patches torch.nn.Module for all threads while it traces.
+_tracing = threading.Lock()
 
 CONVS = (skip_nn.Conv2d,)
 NORMS = (skip_nn.BatchNorm2d, nn.BatchNorm2d)
@@ -99,6 +103,7 @@ class ProgramCache:
         """The program for this call, or None where the model must run layer by layer."""
         if (
             not self.options.fuse
+            or in_a_transform()
             or kwargs
             or len(args) != 1
             or type(args[0]) is not Tensor
@@ -114,7 +119,8 @@ class ProgramCache:
 
     def _derive(self, model: nn.Module, forward: Callable[..., Any]) -> Program | None:
         try:
-            program = Program(model, forward, self.options, self.packed)
+            with _tracing:
+                program = Program(model, forward, self.options, self.packed)
         except Exception as error:  # torch.fx and user code may raise anything
             logger.info("%s runs layer by layer: %s", type(model).__name__, error)
             return None
@@ -124,8 +130,8 @@ class ProgramCache:
     def end_window(self, layers: Collection[nn.Module] | None = None) -> None:
         """Weights of these layers, or all, are about to change: drops what was made of them."""
         if self.options.full == "fused":
-            return  # full steps make it again in its place
-        if layers is None:
+            self.packed.expire(layers)
+        elif layers is None:
             self.packed.clear()
         else:
             self.packed.drop(layers)
@@ -159,6 +165,14 @@ def ambient() -> tuple:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+    )
+
+
+def in_a_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation runs, which fused chains do not know."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

@@ -85,7 +85,9 @@ def convert(
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
             ``"fused"``: on the CPU in float32, the skip step's chains and convolutions, and weight
             gradients by Winograd; equal to stock's up to the rounding of ``algo``, without second
-            derivatives. Elsewhere, and under ``torch.compile``, full steps stay stock.
+            derivatives. Not for a model whose ``forward`` depends on Python state other than
+            ``training``, which is read once. Elsewhere, and under ``torch.compile`` or
+            ``torch.func``, full steps stay stock.
 
     Returns:
         The same object.

@@ -58,15 +58,20 @@ def fused_dtype(input: Tensor, *parameters: Tensor | None) -> torch.dtype | None
     return dtype
 
 
+def version(tensor: Tensor) -> int | None:
+    """A tensor's version, which operations in place raise; None in inference mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class Unchanged:
     """A weight used as it is, which backward must find as forward left it."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._version = None if weight.is_inference() else weight._version
+        self._version = version(weight)
 
     def __call__(self) -> Tensor:
-        if self._version is not None and self._weight._version != self._version:
+        if version(self._weight) != self._version:
             raise RuntimeError(
                 f"a weight of shape {list(self._weight.shape)} that backward needs was modified by "
                 "an inplace operation after the forward pass"
