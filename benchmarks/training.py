@@ -26,8 +26,8 @@ NETWORKS = ("alexnet", "vgg11_bn", "vgg16_bn", "resnet18")
 #: Accuracy that rises through most of a run, and one that is flat for most of it; the policy is
 #: the library's default.
 PROTOCOLS = {
-    "cifar10": {"dataset": "folder", "limit_train": 1280, "limit_test": 2000, "epochs": 16},
-    "digits": {"dataset": "digits", "limit_train": 640, "limit_test": 700, "epochs": 24},
+    "cifar10": {"dataset": "folder", "limit_train": 960, "limit_test": 1000, "epochs": 16},
+    "digits": {"dataset": "digits", "limit_train": 512, "limit_test": 700, "epochs": 24},
 }
 SHARED = {"batch_size": 64, "lr": 0.02, "schedule": "cosine", "full": "fused"}
 
