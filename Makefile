@@ -29,7 +29,7 @@ $(VENV)/.built: $(VENV)/.packages setup.py $(CSRC)
 	@touch $@
 
 demo: setup ## WUS and WUS+LR against stock PyTorch on real images: table and plot in runs/demo
-	$(BIN)/wus-ext compare --dataset digits --models vgg11_bn --methods baseline wus wus+lr \
+	$(BIN)/wus-ext compare --dataset digits --models vgg11_bn --methods baseline fused wus wus+lr --full fused \
 	  --epochs 12 --batch-size 64 --lr 0.02 --limit-train 640 --limit-test 600 \
 	  --warmup 3 --threshold 3 --patience 1 --max-window 2 --out runs/demo \
 	  $(if $(wildcard runs/demo/compare.json),--resume)

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 import wus_ext
-from tests.test_program import CHAINS, check, images, program, relative_error, run
+from tests.test_program import (
+    CHAINS,
+    check,
+    images,
+    program,
+    relative_error,
+    run,
+    saved_bytes,
+)
 
 chain = pytest.mark.parametrize("name", CHAINS)
 
@@ -201,6 +209,10 @@ def test_a_frozen_weight_gets_no_gradient_and_saves_no_input():
         model[2].weight.requires_grad_(False)
     check(stock, fused, images(), tolerance=3e-5)
     assert "2.weight" not in gradients(fused)
+    x = images()
+    frozen, _ = saved_bytes(fused, x)
+    fused[2].weight.requires_grad_()
+    assert saved_bytes(fused, x)[0] == frozen + fused[:2](x).nbytes
 
 
 def test_hooks_see_weight_gradients():
