@@ -5,8 +5,9 @@
 
 DIR holds CIFAR-10 as image files, train/<class>/* and test/<class>/*. A run that was interrupted
 goes on where it stopped. ``--limit-train``, ``--limit-test`` and ``--epochs`` make it longer or
-shorter than the page's. Memory is that of a step, in full epochs -> in skipped ones: what it saves
-for backward and the transformed weights that it keeps; on a GPU the allocator's peak.
+shorter than the page's. Times are training times, each epoch at the median of its kind in the run.
+Memory is that of a step, in full epochs -> in skipped ones: what it saves for backward and the
+transformed weights that it keeps; on a GPU the allocator's peak.
 """
 
 from __future__ import annotations
@@ -41,21 +42,12 @@ def settings(args: argparse.Namespace) -> CompareConfig:
     return CompareConfig(base=base, models=(args.network,), methods=methods, seeds=args.seeds)
 
 
-def seconds(run: Run, epochs: int | None = None) -> float:
-    """Training time, of the first ``epochs`` or all, each epoch at the median of its kind.
-
-    So it does not count whatever else the machine did.
-    """
-    typical = {kind: median(times) for kind, times in by_kind(run, "train_seconds").items()}
-    return sum(typical[record["skipped"]] for record in run.history[:epochs])
-
-
-def by_kind(run: Run, figure: str) -> dict[bool, list[float]]:
-    """A figure of each epoch, of the skipped ones and of the others."""
+def step_medians(run: Run) -> dict[bool, float]:
+    """Median seconds of a skip step and of a full one."""
     groups: dict[bool, list[float]] = {}
     for record in run.history:
-        groups.setdefault(record["skipped"], []).append(record[figure])
-    return groups
+        groups.setdefault(record["skipped"], []).append(record["step_seconds"])
+    return {kind: median(times) for kind, times in groups.items()}
 
 
 class Table:
@@ -95,7 +87,7 @@ class Table:
         full, skip = (mean([step.get(kind) for step in steps]) for kind in (False, True))
         skipped = mean([run.skipped for run in group])
         predicted = 100 - full * (100 - skipped) - (skip or 0.0) * skipped
-        saved = mean([100 * (1 - seconds(run) / self._stock(run)) for run in group])
+        saved = mean([100 * (1 - run.typical_seconds() / self._stock(run)) for run in group])
         accuracies = [run.accuracy for run in group]
         spread = f" ± {stdev(accuracies):.1f}" if len(group) > 1 else ""
         return [
@@ -111,16 +103,16 @@ class Table:
         ]
 
     def _stock(self, run: Run) -> float:
-        return seconds(self.baseline[run.seed])
+        return self.baseline[run.seed].typical_seconds()
 
     def _steps(self, run: Run) -> dict[bool, float]:
         """A full and a skip step in stock's full steps."""
-        stock = median(by_kind(self.baseline[run.seed], "step_seconds")[False])
-        return {kind: median(times) / stock for kind, times in by_kind(run, "step_seconds").items()}
+        stock = step_medians(self.baseline[run.seed])[False]
+        return {kind: time / stock for kind, time in step_medians(run).items()}
 
     def _to_target(self, group: Sequence[Run]) -> str:
         ends = [(run, run.epochs_to(self.targets[run.model, run.seed])) for run in group]
-        reached = [seconds(run, end) for run, end in ends if end]
+        reached = [run.typical_seconds(end) for run, end in ends if end]
         some = f" ({len(reached)} of {len(group)})" if len(reached) < len(group) else ""
         return f"{fmean(reached):.0f}{some}" if reached else "-"
 

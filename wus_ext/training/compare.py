@@ -134,9 +134,10 @@ def compare(
             base = config.base.replace(model=model, seed=seed)
             methods = {name: base.replace(method=name) for name in config.ordered_methods()}
             histories = _train_in_turns(methods, out, data, verbose=say is not None)
-            runs += [Run(model, name, seed, history) for name, history in histories.items()]
+            trained = [Run(model, name, seed, history) for name, history in histories.items()]
+            runs += trained
             if config.control:
-                runs += _controls(base, histories, out, data, verbose=say is not None)
+                runs += _controls(base, trained, out, data, verbose=say is not None)
     table = write_report(runs, config.base, out, target)
     if say:
         say(table)
@@ -217,30 +218,22 @@ def _warm_up(trainer: Trainer) -> None:
 
 
 def _controls(
-    base: TrainConfig,
-    histories: dict[str, list[dict[str, Any]]],
-    out: Path,
-    data: Data,
-    *,
-    verbose: bool,
+    base: TrainConfig, runs: Sequence[Run], out: Path, data: Data, *, verbose: bool
 ) -> list[Run]:
     """What never skips, given only each other method's time: what training less reaches."""
-    runs = []
+    by_method = {run.method: run for run in runs}
+    controls = []
     for full in ("baseline", "fused"):
-        for name, history in histories.items():
-            if full not in histories or name in ("baseline", full):
+        for name, run in by_method.items():
+            if full not in by_method or name in ("baseline", full):
                 continue
-            share = _seconds(history) / _seconds(histories[full])
+            share = run.typical_seconds() / by_method[full].typical_seconds()
             epochs = max(1, min(base.epochs, round(base.epochs * share)))
             if epochs == base.epochs:
-                control = histories[full]
+                history = by_method[full].history
             else:
                 config = base.replace(method=full, epochs=epochs)
                 label = f"{full}-{epochs}-epochs"
-                control = _train_in_turns({label: config}, out, data, verbose=verbose)[label]
-            runs.append(Run(base.model, f"{full} in the time of {name}", base.seed, control))
-    return runs
-
-
-def _seconds(history: Sequence[dict[str, Any]]) -> float:
-    return sum(record["train_seconds"] for record in history)
+                history = _train_in_turns({label: config}, out, data, verbose=verbose)[label]
+            controls.append(Run(base.model, f"{full} in the time of {name}", base.seed, history))
+    return controls

@@ -55,6 +55,17 @@ class Run:
         """Training time without evaluation."""
         return sum(record["train_seconds"] for record in self.history)
 
+    def typical_seconds(self, epochs: int | None = None) -> float:
+        """Training time, of the first ``epochs`` or all, each epoch at the median of its kind.
+
+        So single epochs that other work on the machine disturbed do not count.
+        """
+        typical = {
+            kind: median(r["train_seconds"] for r in self.history if r["skipped"] == kind)
+            for kind in {r["skipped"] for r in self.history}
+        }
+        return sum(typical[record["skipped"]] for record in self.history[:epochs])
+
     @property
     def accuracy(self) -> float:
         """Test accuracy in percent after the last epoch."""
