@@ -66,10 +66,9 @@ class Row:
             return None
         epoch = self.epochs[len(done)]
         if self.policy and done:
-            kind, last = [(kind, len(list(run))) for kind, run in groupby(e.steps for e in done)][
-                -1
-            ]
-            skips = decide(accuracies, Phase(kind == "S", last), self.policy)
+            phases = [(kind, len(list(run))) for kind, run in groupby(e.steps for e in done)]
+            kind, length = phases[-1]
+            skips = decide(accuracies, Phase(kind == "S", length), self.policy)
             epoch = replace(epoch, steps="S" if skips else "F")
         return epoch
 
