@@ -12,7 +12,15 @@ from torch import nn
 
 import wus_ext
 from tests.cases import assert_near
-from tests.test_program import CHAINS, check, program, relative_error, run, saved_bytes
+from tests.test_program import (
+    CHAINS,
+    check,
+    program,
+    relative_error,
+    run,
+    saved_bytes,
+    stock_chain,
+)
 from tests.test_program import images as program_images
 from tests.test_skip import BIASES, Net, backward, images, net, with_gradient
 from wus_ext.chains import ConvChain, LinearChain
@@ -23,14 +31,7 @@ WEIGHTS = EVERYTHING - BIASES
 
 def pair(name: str, channels_last: bool = True) -> tuple[nn.Module, nn.Module]:
     """A stock model and a converted one of the same values."""
-    torch.manual_seed(0)
-    stock = CHAINS[name]()
-    for module in stock.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    if channels_last:
-        stock = stock.to(memory_format=torch.channels_last)
+    stock = stock_chain(name, channels_last)
     return stock, wus_ext.convert(copy.deepcopy(stock))
 
 

@@ -19,6 +19,7 @@ from tests.test_program import (
     relative_error,
     run,
     saved_bytes,
+    stock_chain,
 )
 
 chain = pytest.mark.parametrize("name", CHAINS)
@@ -26,14 +27,7 @@ chain = pytest.mark.parametrize("name", CHAINS)
 
 def build(name, *, channels_last=True, **settings):
     """A stock model, and its twin whose full steps are fused."""
-    torch.manual_seed(0)
-    stock = CHAINS[name]()
-    for module in stock.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    if channels_last:
-        stock = stock.to(memory_format=torch.channels_last)
+    stock = stock_chain(name, channels_last)
     return stock, wus_ext.convert(copy.deepcopy(stock), full="fused", **settings)
 
 

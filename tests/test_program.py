@@ -127,16 +127,20 @@ def frozen(model):
     return model
 
 
-def build(name, *, channels_last=True, **settings):
-    """A stock model frozen stock's way, and its converted twin in a skip window."""
+def stock_chain(name, channels_last=True):
+    """A stock model of the table, its scales and shifts away from one and zero."""
     torch.manual_seed(0)
     stock = CHAINS[name]()
     for module in stock.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
-    if channels_last:
-        stock = stock.to(memory_format=torch.channels_last)
+    return stock.to(memory_format=torch.channels_last) if channels_last else stock
+
+
+def build(name, *, channels_last=True, **settings):
+    """A stock model frozen stock's way, and its converted twin in a skip window."""
+    stock = stock_chain(name, channels_last)
     skip = wus_ext.convert(copy.deepcopy(stock), **settings)
     wus_ext.set_skip(skip, True)
     return frozen(stock), skip
