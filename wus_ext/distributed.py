@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,18 +115,25 @@ class SkipAware:
         self, output: Any, trained: tuple[nn.Parameter, ...], synchronises: bool
     ) -> None:
         queue = torch.autograd.Variable._execution_engine.queue_callback
-
-        def synchronise() -> None:
-            self._sync_queued = False
-            self._average(trained)
+        # A parameter that held its wrapper would keep it alive: what the engine holds, too, the
+        # garbage collector does not see.
+        wrapper = weakref.ref(self)
 
         def on_gradient(grad: Tensor) -> None:
-            if self._reducer_waits:
+            ddp = wrapper()
+            if ddp is None:
+                return
+
+            def synchronise() -> None:
+                ddp._sync_queued = False
+                ddp._average(trained)
+
+            if ddp._reducer_waits:
                 # Else it would take this step's gradients for those that it waits for.
-                self.reducer._reset_state()
-                self._reducer_waits, self._reducer_stopped = False, True
-            if synchronises and not self._sync_queued:
-                self._sync_queued = True
+                ddp.reducer._reset_state()
+                ddp._reducer_waits, ddp._reducer_stopped = False, True
+            if synchronises and not ddp._sync_queued:
+                ddp._sync_queued = True
                 # Queued twice: behind the reducer's own callback, if a full step's output is
                 # part of the same backward pass.
                 queue(lambda: queue(synchronise))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import re
+import weakref
 from collections import Counter
 from contextlib import ExitStack, nullcontext, suppress
 from itertools import product
@@ -108,6 +110,16 @@ def check_full_steps_are_torchs_bit_for_bit():
 
 
 # Switching
+
+
+def check_a_wrapper_that_ran_skip_steps_is_freed_with_its_last_reference():
+    model = wrapped(wus_ext.convert(Net()))
+    wus_ext.set_skip(model, True)
+    loss(model(batch(0))).backward()
+    freed = weakref.ref(model)
+    del model
+    gc.collect()
+    assert freed() is None
 
 
 def convert_then_wrap(model, **options):

@@ -19,15 +19,15 @@ pytest.importorskip("sklearn")
 TRAIN = [*TORCHRUN, "2", "-m", "wus_ext", "train"]
 TINY = [
     *("--model", "alexnet", "--method", "wus", "--limit-train", "20", "--limit-test", "10"),
-    *("--batch-size", "5", "--epochs", "4", "--warmup", "1", "--patience", "1"),
+    *("--batch-size", "5", "--epochs", "6", "--warmup", "1", "--patience", "1"),
     *("--threshold", "100", "--device", "cpu", "--dropout", "0"),
 ]
 OPTIONS = {"cwd": ROOT, "env": QUIET, "text": True}
 
 
-def run(*arguments, code=0):
+def run(*arguments, code=0, command=TRAIN):
     done = subprocess.run(
-        [*TRAIN, *map(str, arguments)], capture_output=True, timeout=120, **OPTIONS
+        [*command, *map(str, arguments)], capture_output=True, timeout=120, **OPTIONS
     )
     assert done.returncode == code, done.stderr
     return done
@@ -49,11 +49,11 @@ def test_a_killed_run_resumes_to_the_weights_of_one_process_with_the_doubled_bat
         process.communicate(timeout=60)
         assert process.returncode != 0
     first = torch.load(two / "best.pt", weights_only=True)
-    assert 2 <= torch.load(two / "last.pt", weights_only=True)["epoch"] < 4
+    assert 2 <= torch.load(two / "last.pt", weights_only=True)["epoch"] < 6
     lines = run("--resume", "--out", two).stdout.splitlines()
-    assert [line[:9] for line in lines][-2:] == ["epoch 4/4", "done: tes"]
+    assert [line[:9] for line in lines][-2:] == ["epoch 6/6", "done: tes"]
     states = [torch.load(path / "last.pt", weights_only=True) for path in (one, two)]
-    assert [state["epoch"] for state in states] == [4, 4]
+    assert [state["epoch"] for state in states] == [6, 6]
     assert any(record["skipped"] for record in states[0]["history"])
     expected, trained, before = (
         torch.cat([tensor.flatten() for tensor in state["model"].values()])
@@ -67,3 +67,7 @@ def test_an_error_is_said_once(tmp_path):
     done = run(*TINY, "--out", tmp_path, code=1)
     said = re.findall(r"wus-ext train.*: error: .*exists and is no run", done.stderr)
     assert len(said) == 1, done.stderr
+
+
+def test_no_thread_of_the_group_is_left_when_the_interpreter_ends():
+    run(command=[*TORCHRUN, "2", "-m", "tests.distributed.leaving"])

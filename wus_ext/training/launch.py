@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +32,14 @@ def launched(device: str = "auto") -> Iterator[None]:
     on_gpus = torch.cuda.is_available() and device != "cpu"
     if on_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    # DistributedDataParallel imports it. Imported while there is a group, it keeps that alive for
+    # good.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+        # With the last reference to the group its threads end. One that still holds a tensor when
+        # the interpreter shuts down aborts the process.
+        gc.collect()
