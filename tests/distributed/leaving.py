@@ -1,6 +1,6 @@
 """One process of several: trains inside ``launched`` and exits with 1 if its group outlives that.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.leaving
+torchrun --nproc-per-node 2 -m tests.distributed.leaving
 """
 
 from __future__ import annotations
