@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wus_ext
-from wus_ext.algorithms import Act, packed_nbytes
+from wus_ext.algorithms import Act
 from wus_ext.chains import ConvChain, DropoutChain, LinearChain
+from wus_ext.choice import packed_nbytes
 from wus_ext.geometry import Scheme
 
 
@@ -62,6 +63,12 @@ def conv(*args, **kwargs):
     return nn.Conv2d(*args, **kwargs)
 
 
+def untracked(norm):
+    """Statistics that are kept but not tracked any more."""
+    norm.track_running_stats = False
+    return norm
+
+
 def sequence(*layers):
     return lambda: nn.Sequential(*(copy.deepcopy(layer) for layer in layers))
 
@@ -90,6 +97,7 @@ CHAINS = {
     "norm_options": sequence(
         conv(3, 8, 3, padding=1), nn.BatchNorm2d(8, affine=False), nn.ReLU(),
         conv(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(),
+        conv(8, 8, 3, padding=1), untracked(nn.BatchNorm2d(8)), nn.ReLU(),
         conv(8, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=None, eps=1e-2),
     ),
     "other_geometries": sequence(
@@ -741,6 +749,35 @@ def test_the_memory_budget_is_kept(budget):
         assert wus_ext.packed_bytes(skip) <= budget
     else:
         assert wus_ext.packed_bytes(skip) > 20_000
+
+
+def test_evaluation_takes_what_training_left_of_the_memory_budget():
+    _, unlimited = build("conv_norm_relu")
+    run(unlimited, images())
+    budget = wus_ext.packed_bytes(unlimited)
+    stock, skip = build("conv_norm_relu", memory_budget=budget)
+    for _ in range(2):
+        check(stock.train(), skip.train(), x := images(), tolerance=2e-5)
+        assert wus_ext.packed_bytes(skip) == budget
+        with torch.no_grad():
+            assert relative_error(skip.eval()(x), stock.eval()(x)) < 2e-5
+        assert wus_ext.packed_bytes(skip) == budget
+
+
+def test_evaluations_in_one_window_see_the_scale_that_trains():
+    """Here torch's fused SGD changes it, which raises no version counter."""
+    stock = stock_chain("conv_norm_relu").eval()
+    skip = wus_ext.convert(copy.deepcopy(stock), skip_gamma=False)
+    wus_ext.set_skip(skip, True)
+    x = images()
+    for _ in range(2):
+        with torch.no_grad():
+            assert relative_error(skip(x), stock(x)) < 2e-5
+        for model in (stock, skip):
+            scale = [model[1].weight, model[4].weight]
+            for weight in scale:
+                weight.grad = torch.ones_like(weight)
+            torch.optim.SGD(scale, lr=0.5, fused=True).step()
 
 
 def test_f2_fits_where_f4_does_not():

@@ -9,18 +9,14 @@ may be float32 all the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from enum import IntEnum
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .geometry import Geometry, Scheme, schemes, suits_strided
-from .options import SkipOptions
-from .packing import PackedWeights
-from .support import Unchanged, on_gpu
+from .geometry import Geometry
+from .support import Unchanged
 
 ops = torch.ops.wus
 aten = torch.ops.aten
@@ -32,14 +28,6 @@ class Act(IntEnum):
     NONE = 0  # nothing
     RELU = 1  # ReLU; one bit an element
     RELU_POOL = 2  # ReLU and 2x2 max-pool; one byte an output
-
-
-# What wus::winograd_forward does behind the convolution, and wus::winograd_dgrad in front of it.
-EPILOGUES = {Act.NONE: 0, Act.RELU: 1, Act.RELU_POOL: 2}
-STATISTICS = 3
-PLAIN = 0
-PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act.RELU_POOL: 3}
-NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act.RELU_POOL: 7}
 
 
 class Trained(NamedTuple):
@@ -271,135 +259,6 @@ class Strided(Unfused):
         return ops.strided_forward(input, self.packed, bias, self.out_channels, *self.window)
 
 
-class Winograd(Algorithm):
-    """3x3, stride 1, on weights that were transformed and packed before."""
-
-    def __init__(
-        self,
-        conv: nn.Conv2d,
-        geometry: Geometry,
-        scheme: Scheme,
-        packed: Tensor,
-        rotated: Tensor | None,
-    ) -> None:
-        self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
-        self.geometry = geometry
-        self.input_size = geometry.input_size
-        self.output_size = geometry.output_size
-        self.padding = geometry.padding[0]
-        self.scheme = int(scheme)
-        self.packed = packed
-        self.rotated = rotated
-
-    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
-        output, mask = self._convolve(input, bias, EPILOGUES[act])
-        return output, (None if act == Act.NONE else mask)
-
-    def backward(
-        self,
-        grad: Tensor,
-        mask: Tensor | None,
-        act: Act,
-        need_input: bool,
-        need_bias: bool,
-        trained: Trained | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        grad_weight = None
-        if trained is not None:
-            grad_weight = self._weigh(grad, trained, mask, PROLOGUES[act])
-        if not need_input:
-            if act == Act.RELU:
-                mask = mask.flatten(0, 2)
-            _, grad_bias = masked(grad, mask, act, self.output_size, False, need_bias)
-            return None, grad_bias, grad_weight
-        if act == Act.NONE and not need_bias:
-            return self.dgrad(grad), None, grad_weight
-        return *self._deconvolve(grad, mask, PROLOGUES[act]), grad_weight
-
-    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        output, statistics = self._convolve(input, bias, STATISTICS)
-        return output, statistics[0], statistics[1]
-
-    def dgrad(self, grad: Tensor) -> Tensor:
-        return self._deconvolve(grad, None, PLAIN)[0]
-
-    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
-        return self._weigh(grad, trained, None, PLAIN)
-
-    def backward_norm(
-        self,
-        grad: Tensor,
-        z: Tensor,
-        coefficients: tuple,
-        mask: Tensor | None,
-        act: Act,
-        need_input: bool,
-        need_residual: bool,
-        trained: Trained | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        grad_residual = None
-        if need_residual:
-            if act == Act.RELU:
-                grad, mask, act = ops.apply_mask(grad, mask), None, Act.NONE
-            grad_residual = grad
-        elif act == Act.RELU:
-            mask = mask.view(z.size(0), *self.output_size, -1)
-        rest = mask, NORM_PROLOGUES[act], z, torch.stack(coefficients)
-        return (
-            self._deconvolve(grad, *rest)[0] if need_input else None,
-            grad_residual,
-            None if trained is None else self._weigh(grad, trained, *rest),
-        )
-
-    def _convolve(self, input: Tensor, bias: Tensor | None, epilogue: int) -> tuple[Tensor, Tensor]:
-        return ops.winograd_forward(
-            input, self.packed, bias, self.out_channels, self.padding, self.scheme, epilogue
-        )
-
-    def _deconvolve(
-        self,
-        grad: Tensor,
-        mask: Tensor | None,
-        prologue: int,
-        z: Tensor | None = None,
-        coefficients: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return ops.winograd_dgrad(
-            grad,
-            self.rotated,
-            mask,
-            self.in_channels,
-            self.input_size,
-            self.padding,
-            self.scheme,
-            prologue,
-            z,
-            coefficients,
-        )
-
-    def _weigh(
-        self,
-        grad: Tensor,
-        trained: Trained,
-        mask: Tensor | None,
-        prologue: int,
-        z: Tensor | None = None,
-        coefficients: Tensor | None = None,
-    ) -> Tensor:
-        input, weight = trained
-        return ops.winograd_wgrad(
-            grad,
-            input,
-            mask,
-            self.padding,
-            self.scheme,
-            prologue,
-            z,
-            coefficients,
-            weight.is_contiguous(memory_format=torch.channels_last),
-        )
-
-
 def masked(
     grad: Tensor,
     mask: Tensor | None,
@@ -416,91 +275,3 @@ def masked(
     if act == Act.NONE:
         return grad, (ops.mask_bias_grad(grad, None, False)[1] if need_bias else None)
     return ops.mask_bias_grad(grad, mask, need_grad)
-
-
-def choose(
-    conv: nn.Conv2d,
-    geometry: Geometry,
-    weight: Callable[[], Tensor],
-    sources: tuple[Tensor, ...],
-    options: SkipOptions,
-    packed: PackedWeights,
-    backward: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Algorithm:
-    """The algorithm for one layer: what `options.algo` asks for, as far as layer and budget allow.
-
-    Args:
-        dtype: of the input, to which autocast may have cast it.
-        weight: gives the weight, or one with a frozen normalisation folded in.
-        sources: the tensors that `weight` was made from; when one changes, so does the copy.
-        backward: whether a data gradient will be asked for.
-    """
-    if on_gpu(conv.weight):
-        return OnGpu(geometry, _cast(conv, weight, sources, packed, dtype))
-    for scheme in schemes(conv, geometry, options.algo):
-        pack = partial(ops.winograd_pack, scheme=int(scheme))
-        again = partial(ops.winograd_pack_, scheme=int(scheme))
-        key = (conv, scheme)
-        if copies := _packed(packed, key, conv.weight, weight, sources, pack, backward, again):
-            return Winograd(conv, geometry, scheme, *copies)
-    if suits_strided(conv, geometry, options.algo):
-        pack = ops.strided_pack
-        if copies := _packed(packed, (conv, None), conv.weight, weight, sources, pack, backward):
-            return Strided(conv, geometry, *copies)
-    if sources == (conv.weight,):
-        return Direct(geometry, conv.weight.detach())
-    return Direct(geometry, packed.get((conv, "folded"), sources, weight))
-
-
-def _cast(
-    conv: nn.Conv2d,
-    weight: Callable[[], Tensor],
-    sources: tuple[Tensor, ...],
-    packed: PackedWeights,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight as cuDNN wants it: of the input's type, channels_last."""
-    own = conv.weight.detach()
-    layout = torch.channels_last
-    if sources == (conv.weight,) and own.dtype == dtype and own.is_contiguous(memory_format=layout):
-        return own
-    key = (conv, "cast", dtype, len(sources))
-    return packed.get(key, sources, lambda: weight().to(dtype).contiguous(memory_format=layout))
-
-
-def _packed(
-    packed: PackedWeights,
-    key: tuple,
-    shaped: Tensor,
-    weight: Callable[[], Tensor],
-    sources: tuple[Tensor, ...],
-    pack: Callable[..., Tensor],
-    backward: bool,
-    again: Callable[..., Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None] | None:
-    """A weight packed for the forward pass and the data gradient, or None over the budget.
-
-    `again` packs it where it was packed before, unless a normalisation is folded in.
-    """
-    keys = [(*key, len(sources), direction) for direction in ("forward", "dgrad")]
-    if not packed.fits(keys, lambda: packed_nbytes(shaped, pack)):
-        return None
-
-    in_place = again is not None and len(sources) == 1
-
-    def copy(key: tuple, dgrad: bool) -> Tensor:
-        return packed.get(
-            key,
-            sources,
-            lambda: pack(weight(), dgrad),
-            (lambda old: again(old, weight(), dgrad)) if in_place else None,
-        )
-
-    return copy(keys[0], False), copy(keys[1], True) if backward else None
-
-
-def packed_nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:
-    """Bytes of a weight's two packed copies, for the forward pass and the data gradient."""
-    shape_only = torch.empty_like(weight, device="meta")
-    return sum(pack(shape_only, dgrad).nbytes for dgrad in (False, True))

@@ -111,7 +111,7 @@ class ConvNormAct(torch.autograd.Function):
         z, mean, var = algorithm.forward_stats(input, bias)
         count = z.numel() // z.size(1)
         momentum = skip_nn.count_batch(norm)
-        if norm.training and norm.running_mean is not None:
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
             ops.batch_norm_update_running(
                 norm.running_mean, norm.running_var, mean, var, momentum, count
             )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import nn as skip_nn
-from .algorithms import Act, Algorithm, Unfused, choose
+from .algorithms import Act, Algorithm, Unfused
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Dropout, LinearAct
+from .choice import choose
 from .geometry import Geometry
 from .linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .options import SkipOptions
@@ -98,7 +99,10 @@ class ConvChain:
     def _norm_fits(self, size: tuple[int, ...]) -> bool:
         norm = self.norm
         batch = skip_nn.uses_batch_statistics(norm)
-        if not batch and (trains(norm.weight) or trains(self._weight())):
+        gamma = norm.weight
+        # In a window gamma changes also between two evaluations, which share what was folded.
+        moves = gamma is not None and gamma.requires_grad and self.conv.skip_wgrad
+        if not batch and (moves or trains(gamma) or trains(self._weight())):
             return False  # what trains cannot be folded away
         return (
             norm.num_features == size[1]

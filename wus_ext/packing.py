@@ -57,14 +57,14 @@ class PackedWeights:
 
     def fits(self, keys: list[tuple[Hashable, ...]], nbytes: Callable[[], int]) -> bool:
         """Whether copies of `nbytes()` together may be made; what `keys` name is made again."""
-        if self.budget is None:
+        if self.budget is None or all(key in self._copies for key in keys):
             return True
-        others = sum(_nbytes(copy) for key, copy in self._copies.items() if key not in keys)
+        others = sum(_nbytes(copy) for key, copy in list(self._copies.items()) if key not in keys)
         return others + nbytes() <= self.budget
 
     def nbytes(self) -> int:
         """Bytes that the copies take."""
-        return sum(map(_nbytes, self._copies.values()))
+        return sum(map(_nbytes, list(self._copies.values())))
 
     def expire(self, layers: Collection[Hashable] | None = None) -> None:
         """Has what was made of these layers' weights, or of all, made again at its next use.
@@ -78,12 +78,12 @@ class PackedWeights:
             if copy.again:
                 copy.stamp = None
             else:
-                del self._copies[key]
+                self._copies.pop(key, None)  # another thread may have been here
 
     def drop(self, layers: Collection[Hashable]) -> None:
         """Drops the copies of these layers' weights, whose keys begin with them."""
-        for key in [key for key in self._copies if key[0] in layers]:
-            del self._copies[key]
+        for key in [key for key in list(self._copies) if key[0] in layers]:
+            self._copies.pop(key, None)
 
     def clear(self) -> None:
         """Drops every copy; a graph that still needs one keeps it until its backward has run."""

@@ -73,8 +73,9 @@ def convert(
         algo: convolutions of the CPU's skip steps in float32: ``"direct"`` (oneDNN), ``"f2"``,
             ``"f4"`` (Winograd, where a layer allows) or ``"auto"`` (default: the fastest for each
             layer). Rounding of ``"f2"`` is that of oneDNN, of ``"f4"`` up to 6e-6 relative.
-        memory_budget: bytes that the transformed copies of weights may take during a skip window;
-            layers that do not fit run with a smaller transform or directly. Default None: no limit.
+        memory_budget: bytes that the transformed copies of weights may take, in skip windows and,
+            with ``full="fused"``, always; layers that do not fit run with a smaller transform or
+            directly. Default None: no limit.
         fuse: whether chains of layers may run as one in skip steps (default True). Set it to False
             for a model whose ``forward`` depends on Python state other than ``training``.
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below it, and sum
@@ -200,7 +201,8 @@ def revert(model: Model) -> Model:
 def packed_bytes(model: nn.Module) -> int:
     """Bytes that transformed copies of the weights of a converted model take right now.
 
-    They are made in the first skip step of a window and dropped when it ends.
+    They are made in the first skip step of a window and dropped when it ends; with ``full="fused"``
+    also in the first full step, and then kept.
     """
     return sum(
         module._skip_programs.packed.nbytes()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext import algorithms, autograd, products, support
+from wus_ext import algorithms, autograd, choice, products, support
 
 from ..test_program import CHAINS, frozen
 
@@ -24,7 +24,7 @@ def chains(gpu, monkeypatch):
     """The device of the chains, which take the algorithms and kernels for GPUs there."""
     if gpu.device == "cpu":
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
-        for module in (algorithms, products):
+        for module in (choice, products):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
         monkeypatch.setattr(algorithms, "ops", gpu.ops)
         monkeypatch.setattr(autograd, "ops", gpu.ops)

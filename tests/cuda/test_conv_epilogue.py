@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext import algorithms, autograd, conv_epilogue, linked, options, support, tuning
+from wus_ext import algorithms, autograd, choice, conv_epilogue, linked, options, support, tuning
 
 from ..cpu.rows import dense, pack, rows_of, same
 from .steps import check_replay, results
@@ -68,7 +68,7 @@ def cudnn(gpu, monkeypatch, request):
         for module in (algorithms, autograd, linked):
             monkeypatch.setattr(module, "ops", gpu.ops)
         monkeypatch.setattr(conv_epilogue, "sums", gpu.ops)
-        for module in (algorithms, conv_epilogue):
+        for module in (choice, conv_epilogue):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
         monkeypatch.setattr(options, "build_info", lambda: {"cudnn_frontend": "stand-in"})
     elif wus_ext.build_info()["cudnn_frontend"] is None:

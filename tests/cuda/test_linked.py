@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext import algorithms, autograd, linked, options, products, support
+from wus_ext import algorithms, autograd, choice, linked, options, products, support
 
 from .steps import check_replay, results
 
@@ -42,7 +42,7 @@ def lt(gpu, monkeypatch, tf32_products):
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
         monkeypatch.setattr(algorithms, "ops", gpu.ops)
         monkeypatch.setattr(autograd, "ops", gpu.ops)
-        for module in (algorithms, linked, products):
+        for module in (choice, linked, products):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
         monkeypatch.setattr(options, "build_info", lambda: {"cuda": "emulated"})
     counted.device = gpu.device

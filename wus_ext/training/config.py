@@ -143,12 +143,12 @@ class TrainConfig:
     )
     algo: str = option(
         "auto",
-        "convolutions of skipped epochs on the CPU in float32: direct (oneDNN), f2, f4 (Winograd), "
-        "or auto (the fastest for each layer)",
+        "convolutions of skipped epochs (with --full fused of all) on the CPU in float32: direct "
+        "(oneDNN), f2, f4 (Winograd), or auto (the fastest for each layer)",
         choices=ALGORITHMS,
     )
     packed_budget: float | None = option(
-        None, "GiB that transformed weights may take in skipped epochs", type=float
+        None, "GiB that transformed weights may take (skipped epochs; --full fused)", type=float
     )
 
     data_dir: str = option(

@@ -127,7 +127,7 @@ def train_epoch(
         with timers[skipping]:
             loss, output = run(images, labels)
         totals.add(loss, output, labels)
-        if number == 0:  # a full step drops them
+        if number == 0:  # a stock full step drops them
             packed = packed_bytes(model)
         if on_step:
             on_step(totals)
