@@ -5,7 +5,8 @@
     python benchmarks/steps.py --norm frozen --models vgg16_bn resnet18
     python benchmarks/steps.py --compile --models resnet18
 
-Stock runs channels_last and NCHW, and the faster one counts (torch.compile too, with --compile).
+Stock runs channels_last and NCHW, and the faster one counts, for full steps and for frozen ones
+(torch.compile too, with --compile).
 "fused" is a full step on the skip step's kernels (full="fused"), its weights transformed anew each
 step: skipping is the rest. "first" is a skip step right after a weight change, packing included.
 """
@@ -46,7 +47,8 @@ def variants(name: str, args: argparse.Namespace) -> dict[str, TrainingStep]:
     made = {
         "full, channels_last": step(copy.deepcopy(stock)),
         "full, NCHW": step(copy.deepcopy(stock), torch.contiguous_format),
-        "frozen": step(freeze(copy.deepcopy(stock))),
+        "frozen, channels_last": step(freeze(copy.deepcopy(stock))),
+        "frozen, NCHW": step(freeze(copy.deepcopy(stock)), torch.contiguous_format),
         "skip": step(
             wus_ext.convert(copy.deepcopy(stock), norm=args.norm, algo=args.algo, fuse=args.fuse)
         ),
@@ -63,7 +65,7 @@ def variants(name: str, args: argparse.Namespace) -> dict[str, TrainingStep]:
 
 def check(made: dict[str, TrainingStep], norm: str) -> None:
     """Steps compute what stock's compute, before anything is timed."""
-    frozen, skip = made["frozen"], made["skip"]
+    frozen, skip = made["frozen, channels_last"], made["skip"]
     losses = []
     for step in (frozen, skip):
         torch.manual_seed(0)  # the same dropout
@@ -102,16 +104,18 @@ def measure(name: str, args: argparse.Namespace) -> list[str]:
     made = variants(name, args)
     check(made, args.norm)
     seconds = interleaved(made, args.rounds)
-    full = min(median_ms(s) for variant, s in seconds.items() if variant.startswith("full"))
-    best = next(v for v in seconds if v.startswith("full") and median_ms(seconds[v]) == full)
+    (full, how), (frozen, _) = (
+        min((median_ms(s), v.split(", ")[1]) for v, s in seconds.items() if v.startswith(kind))
+        for kind in ("full, ", "frozen, ")
+    )
     skip = median_ms(seconds["skip"])
     first = median_ms(first_skip_step(made["skip"], 3))
     fused = median_ms(seconds["fused"]) if "fused" in seconds else None
     return [
         name,
         str(args.batch_size),
-        f"{full:.1f} ({best.split(', ')[1]})",
-        f"{median_ms(seconds['frozen']) / full:.2f}",
+        f"{full:.1f} ({how})",
+        f"{frozen / full:.2f}",
         f"{skip:.1f} ± {spread(seconds['skip']):.0%}",
         f"**{skip / full:.3f}**",
         "-" if fused is None else f"**{fused / full:.3f}**",

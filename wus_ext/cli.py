@@ -232,8 +232,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"methods, of {', '.join(METHODS)} (default: baseline wus wus+lr)",
     )  # fmt: skip
     comparison.add_argument(
-        "--seeds", type=int, metavar="N", help="runs of each, seeds 0 to N - 1 (default: 1)"
-    )
+        "--seeds", type=int, metavar="N",
+        help="runs of each, seeds 0 to N - 1; --resume may add some (default: 1)",
+    )  # fmt: skip
     comparison.add_argument(
         "--control",
         action=argparse.BooleanOptionalAction,

@@ -1,10 +1,11 @@
 import csv
+import dataclasses
 import json
 
 import pytest
 
 from wus_ext.training import ConfigError, TrainConfig
-from wus_ext.training.compare import CompareConfig, compare
+from wus_ext.training.compare import CompareConfig, compare, read_compare
 from wus_ext.training.report import Run, markdown
 from wus_ext.training.trainer import Trainer
 
@@ -202,6 +203,16 @@ def test_an_interrupted_comparison_resumes_and_repeats_nothing(tmp_path, small, 
     assert [r.history for r in compare(config, tmp_path, resume=True)] == [r.history for r in runs]
 
 
+def test_a_resumed_comparison_may_get_more_seeds(tmp_path, small):
+    one = CompareConfig(base=tiny.CONFIG, methods=("baseline",), control=False)
+    two = dataclasses.replace(one, seeds=2)
+    first = compare(one, tmp_path)
+    both = compare(two, tmp_path, resume=True)
+    assert [run.seed for run in both] == [0, 1]
+    assert both[0].history == first[0].history
+    assert read_compare(tmp_path) == two
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -223,14 +234,14 @@ def test_a_bad_comparison_is_refused_before_any_work(tmp_path, changes, message)
 def test_a_folder_that_does_not_fit_is_refused(tmp_path, small):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    config = CompareConfig(base=tiny.CONFIG)
+    config = CompareConfig(base=tiny.CONFIG, seeds=2)
     with pytest.raises(ConfigError, match="is not empty"):
         compare(config, tmp_path / "other")
     with pytest.raises(ConfigError, match="no comparison to resume"):
         compare(config, tmp_path / "other", resume=True)
     (tmp_path / "compare.json").write_text(json.dumps(config.to_dict()))
-    contradiction = CompareConfig(base=tiny.CONFIG.replace(lr=0.5), seeds=2)
+    contradiction = CompareConfig(base=tiny.CONFIG.replace(lr=0.5), seeds=1)
     with pytest.raises(
-        ConfigError, match=r"seeds is 1 there, 2 here; lr is 0\.05 there, 0\.5 here"
+        ConfigError, match=r"seeds is 2 there, 1 here; lr is 0\.05 there, 0\.5 here"
     ):
         compare(contradiction, tmp_path, resume=True)

@@ -55,11 +55,14 @@ def _panel(figure, cell, model: str, runs: Sequence[Run]) -> None:
     axes = figure.add_subplot(parts[0])
     lanes = figure.add_subplot(parts[1], sharex=axes)
 
+    # Methods often coincide: what comes later is drawn thinner, so that the others show.
+    later = {run.method: len(methods) - 1 - index for index, run in enumerate(methods)}
+    later["baseline"] = 0
     for run in methods:
-        colour = _COLOURS[run.method]
+        colour, more = _COLOURS[run.method], later[run.method]
         times, accuracies = _ends(run), [record["test_accuracy"] for record in run.history]
-        axes.plot(times, accuracies, color=colour, lw=1.8, label=_NAMES[run.method])
-        axes.plot(times[-1], accuracies[-1], "o", color=colour, ms=6)
+        axes.plot(times, accuracies, color=colour, lw=1.6 + 1.6 * more, label=_NAMES[run.method])
+        axes.plot(times[-1], accuracies[-1], "o", color=colour, ms=5 + 3 * more)
     for run in runs:
         if run.control:
             full, _, name = run.method.partition(" in the time of ")
@@ -67,9 +70,9 @@ def _panel(figure, cell, model: str, runs: Sequence[Run]) -> None:
                 _ends(run)[-1],
                 run.accuracy,
                 "D" if full == "baseline" else "s",
-                ms=7,
-                mfc="white",
-                mew=1.8,
+                ms=6 + 3.5 * later[name],
+                mfc="none",
+                mew=1.6,
                 color=_COLOURS[name],
                 label=f"{_NAMES[full]} in {_NAMES[name]}'s time",
             )

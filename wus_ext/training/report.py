@@ -246,10 +246,10 @@ def _notes(control: bool, config: TrainConfig, target: float | None) -> list[str
     if control:
         notes[1:1] = [
             "",
-            "*baseline in the time of* a method is stock PyTorch, trained for as many epochs as "
-            "fit into that method's time, its schedule shortened alike, and *fused in the time of* "
-            "it the same with fused full steps. Skipping is worth its while only where it beats "
-            "these rows.",
+            "*baseline in the time of* a method is stock PyTorch, trained for the number of "
+            "epochs nearest to that method's time, its schedule shortened alike, and *fused in the "
+            "time of* it the same with fused full steps. Skipping is worth its while only where it "
+            "beats these rows.",
         ]
     return notes
 
