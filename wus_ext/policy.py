@@ -1,25 +1,6 @@
-"""Weight Update Skipping: when to skip.
+"""Weight Update Skipping: WUS and WUS+LR remember a run's accuracies and switch its model.
 
-Accuracy improves in bursts, with stretches of minuscule variation between them. Weight Update
-Skipping (Safayenikoo and Akturk, "Weight Update Skipping: Reducing Training Time for Artificial
-Neural Networks", arXiv 2012.02792, IEEE JETCAS 2021) stops updating the weights during such
-stretches and keeps training the biases. The rules below are **our reading** of the paper's
-abstract, not a transcription of its algorithm.
-
-All lengths are in epochs, all accuracies in percent (0 to 100): of the training set, which costs
-nothing extra, or of held-out data.
-
-* The *variation* is the largest minus the smallest accuracy of the last ``patience + 1`` epochs,
-  whether their weights trained or not. The accuracy is *flat* when there are that many and the
-  variation is strictly below ``threshold`` percentage points.
-* A *skip window* opens when the accuracy is flat, at least ``warmup`` epochs have passed and the
-  weights have trained for at least ``min_open`` epochs since the last window (or the start).
-* It closes when the accuracy is no longer flat, and in any case after ``max_window`` epochs.
-* With a learning-rate scheduler (:class:`WUSLR`), a drop of the learning rate closes the window,
-  and none opens in the epoch after a drop.
-
-:func:`decide` is exactly that, as a pure function; :class:`WUS` and :class:`WUSLR` remember the
-history and throw the switch.
+:mod:`wus_ext.rules` says when.
 
 When it does not pay off:
 
@@ -36,95 +17,21 @@ When it does not pay off:
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import processes
+from .rules import Phase, Settings, check_lr_drop, decide, real
 from .selection import Layers, patterns_of
 from .window import set_skip
 
 __all__ = ["WUS", "WUSLR", "Phase", "Settings", "decide"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """When skip windows open and close; see the module's text for the rules.
-
-    Args:
-        threshold: variation in percentage points below which the accuracy is flat, in [0, 100].
-            0 never opens a window.
-        patience: the variation is that of the last ``patience + 1`` epochs, at least 1.
-        max_window: longest skip window in epochs, at least 1.
-        warmup: epochs before the first window may open, at least 0. Their accuracies count
-            towards the variation, so no window opens before epoch
-            ``max(warmup, patience + 1, min_open)`` has ended.
-        min_open: epochs that weights train between two windows, at least 1.
-
-    Raises:
-        TypeError: a length is not an integer or the threshold is not a number.
-        ValueError: a value is out of its range.
-    """
-
-    threshold: float = 1.0
-    patience: int = 2
-    max_window: int = 3
-    warmup: int = 5
-    min_open: int = 1
-
-    def __post_init__(self) -> None:
-        # Plain Python numbers, so that a state dict loads with torch.load(weights_only=True).
-        threshold = _real("threshold", self.threshold)
-        if not 0 <= threshold <= 100:
-            raise ValueError(f"threshold must be in [0, 100] percentage points, got {threshold}")
-        object.__setattr__(self, "threshold", threshold)
-        for name, least in (("patience", 1), ("max_window", 1), ("warmup", 0), ("min_open", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer number of epochs, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-            object.__setattr__(self, name, int(value))
-
-
-class Phase(NamedTuple):
-    """What training is doing: skipping weight updates or not, and for how many epochs already."""
-
-    skipping: bool = False
-    epochs: int = 0
-
-
-def decide(
-    history: Sequence[float], phase: Phase, settings: Settings, *, lr_dropped: bool = False
-) -> bool:
-    """Say whether the next epoch skips weight updates. Pure: equal arguments, equal answer.
-
-    Args:
-        history: accuracy in percent of every epoch so far, the latest last.
-        phase: the phase that the latest epoch belonged to, that epoch included.
-        settings: when windows open and close.
-        lr_dropped: the learning rate for the next epoch has dropped, so that weights must train.
-
-    >>> settings = Settings(threshold=1.0, patience=1, warmup=0)
-    >>> decide([60.0, 60.4], Phase(skipping=False, epochs=2), settings)
-    True
-    >>> decide([60.0, 61.4], Phase(skipping=False, epochs=2), settings)
-    False
-    """
-    recent = history[-(settings.patience + 1) :]
-    flat = len(recent) > settings.patience and max(recent) - min(recent) < settings.threshold
-    if lr_dropped or not flat:
-        return False
-    if phase.skipping:
-        return phase.epochs < settings.max_window
-    return len(history) >= settings.warmup and phase.epochs >= settings.min_open
 
 
 class WUS:
@@ -137,7 +44,7 @@ class WUS:
         model: the model to switch, anything that :func:`wus_ext.set_skip` takes.
         layers: the layers to switch, as :func:`wus_ext.set_skip` takes them; all others are left
             as they are. Default None: every layer.
-        threshold, patience, max_window, warmup, min_open: see :class:`Settings`.
+        threshold, patience, max_window, warmup, min_open: see :class:`wus_ext.rules.Settings`.
 
     Raises:
         TypeError: a setting is not of its type.
@@ -299,7 +206,7 @@ class WUSLR(WUS):
         scheduler: any scheduler of ``torch.optim.lr_scheduler`` that is stepped once an epoch.
             The caller must not step it as well.
         layers: the layers to switch, as for :class:`WUS`.
-        threshold, patience, max_window, warmup, min_open: see :class:`Settings`.
+        threshold, patience, max_window, warmup, min_open: see :class:`wus_ext.rules.Settings`.
         lr_drop: largest ratio of learning rates that counts as a drop, in (0, 1).
 
     Raises:
@@ -417,7 +324,7 @@ class WUSLR(WUS):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As :meth:`WUS.load_state_dict`; the scheduler and the optimizer load their own."""
         self._check_state(state_dict)
-        trained = [_real("trained_lrs", lr) for lr in state_dict["trained_lrs"]]
+        trained = [real("trained_lrs", lr) for lr in state_dict["trained_lrs"]]
         super().load_state_dict(state_dict)
         self._trained_lrs = trained
 
@@ -425,28 +332,12 @@ class WUSLR(WUS):
         return {**super()._settings(), "lr_drop": self.lr_drop}
 
 
-def check_lr_drop(lr_drop: Any) -> float:
-    """``lr_drop`` of :class:`WUSLR` as a float; TypeError or ValueError if it cannot be one."""
-    value = _real("lr_drop", lr_drop)
-    if not 0 < value < 1:
-        raise ValueError(f"lr_drop must be between 0 and 1 (exclusive), got {lr_drop}")
-    return value
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
 def _percent(accuracy: Any) -> float:
     if isinstance(accuracy, torch.Tensor):
         if accuracy.dim() != 0:
             raise TypeError(f"accuracy must be a 0-dim tensor, got shape {tuple(accuracy.shape)}")
         accuracy = accuracy.item()
-    value = _real("accuracy", accuracy)
+    value = real("accuracy", accuracy)
     if not 0 <= value <= 100:
         raise ValueError(f"accuracy must be in percent, in [0, 100], got {value}")
     return value

@@ -14,7 +14,7 @@ import torch
 
 from .. import processes
 from ..options import ALGORITHMS, FULL, NORMS
-from ..policy import Settings
+from ..rules import Settings
 from .errors import ConfigError
 
 __all__ = ["DATASETS", "METHODS", "MODELS", "TrainConfig"]

@@ -1,0 +1,10 @@
+import pytest
+
+from wus_ext import policy
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stub_switch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "set_skip", lambda model, on, **_: model.switched.append(on))
+        yield
