@@ -12,7 +12,7 @@ from torch import nn
 
 import wus_ext
 from tests.cases import assert_near
-from tests.test_program import (
+from tests.program.chains import (
     CHAINS,
     check,
     program,
@@ -21,7 +21,7 @@ from tests.test_program import (
     saved_bytes,
     stock_chain,
 )
-from tests.test_program import images as program_images
+from tests.program.chains import images as program_images
 from tests.test_skip import BIASES, Net, backward, images, net, with_gradient
 from wus_ext.chains import ConvChain, LinearChain
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import wus_ext
-from tests.test_program import (
-    CHAINS,
+from tests.program.chains import (
+    chain,
     check,
     images,
     program,
@@ -21,8 +21,6 @@ from tests.test_program import (
     saved_bytes,
     stock_chain,
 )
-
-chain = pytest.mark.parametrize("name", CHAINS)
 
 
 def build(name, *, channels_last=True, **settings):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import wus_ext
 from wus_ext import linked, options
 
-from .test_program import CHAINS, build, images, program, run
+from .program.chains import CHAINS, build, images, program, run
 
 
 class Shared(nn.Module):

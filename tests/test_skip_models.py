@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import wus_ext
 from tests.cases import assert_near
-from tests.test_program import saved_bytes
+from tests.program.chains import saved_bytes
 from wus_ext.nn import is_bias
 
 models = pytest.importorskip("torchvision").models

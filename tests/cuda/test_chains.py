@@ -11,7 +11,7 @@ from torch import nn
 import wus_ext
 from wus_ext import algorithms, autograd, choice, products, support
 
-from ..test_program import CHAINS, frozen
+from ..program.chains import CHAINS, frozen
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NORMLESS = [name for name in CHAINS if "norm" not in name and name not in (
