@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
 
 import wus_ext
 
-from .checks import DEVICE, WINDOWS, Net, Traffic, batch, loss, mean_backward, refused
+from .replicas import DEVICE, WINDOWS, Net, Traffic, batch, loss, mean_backward, refused
 
 
 class Deep(nn.Module):

@@ -16,7 +16,7 @@ from tests.training import tiny
 from wus_ext import processes
 from wus_ext.training import ConfigError, DataError, Trainer, TrainingError
 
-from .checks import same_everywhere
+from .replicas import same_everywhere
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Runs every check of ``checks.py`` in one process of several; torchrun starts it.
+"""Runs every check of ``*_checks.py`` in one process of several; torchrun starts it.
 
     torchrun --nproc-per-node 2 -m tests.distributed.worker FOLDER [NAME ...]
 
@@ -18,11 +18,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import checks, fsdp_checks, trainer_checks
+from . import (
+    backward_checks,
+    fsdp_checks,
+    join_checks,
+    policy_checks,
+    switch_checks,
+    traffic_checks,
+    trainer_checks,
+    wrapper_checks,
+)
 
+MODULES = (
+    wrapper_checks,
+    switch_checks,
+    backward_checks,
+    join_checks,
+    policy_checks,
+    traffic_checks,
+    fsdp_checks,
+    trainer_checks,
+)
 CHECKS = {
     name: check
-    for module in (checks, fsdp_checks, trainer_checks)
+    for module in MODULES
     for name, check in vars(module).items()
     if name.startswith("check_")
 }
