@@ -26,7 +26,7 @@ from kernels import seconds
 import wus_ext
 from wus_ext.algorithms import Direct
 from wus_ext.geometry import Geometry
-from wus_ext.products import FrozenProduct
+from wus_ext.products import Products
 from wus_ext.tuning import agree
 
 ops = torch.ops.wus
@@ -75,7 +75,7 @@ def conv(channels: int, size: int, batch: int, dtype: torch.dtype) -> Iterator[C
     )
 
 
-def two(layer: Direct | FrozenProduct, grad: torch.Tensor, mask: torch.Tensor) -> tuple:
+def two(layer: Direct | Products, grad: torch.Tensor, mask: torch.Tensor) -> tuple:
     return ops.mask_bias_grad(layer.dgrad(grad), mask)
 
 
@@ -85,8 +85,8 @@ def linear(features: tuple[int, int, int], batch: int, dtype: torch.dtype) -> It
 
     inputs, outputs, above = features
     x, grad, bias = new(batch, inputs), new(batch, above), new(outputs)
-    below = FrozenProduct(new(outputs, inputs) / inputs**0.5, ())
-    top = FrozenProduct(new(above, outputs) / above**0.5, ())
+    below = Products(new(outputs, inputs) / inputs**0.5)
+    top = Products(new(above, outputs) / above**0.5, ())
 
     def exists() -> bool:
         return ops.linear_epilogues_exist(x, outputs, above, True)

@@ -121,6 +121,13 @@ TORCH_LIBRARY(wus, m) {
       "winograd_wgrad(Tensor grad_output, Tensor input, Tensor? mask, int padding, int scheme, "
       "int prologue, Tensor? z=None, Tensor? batch_norm=None, bool channels_last=True) -> Tensor");
 
+  // Products of a linear layer on the CPU, float32 (see cpu/linear.cpp): input [N, in_features],
+  // weight [out_features, in_features], grad_output [N, out_features].
+  m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear_dgrad(Tensor grad_output, Tensor weight) -> Tensor");
+  // How many tensors share a tensor's memory, itself included.
+  m.def("storage_users(Tensor tensor) -> int");
+
   // Convolution with a stride on the CPU, on a weight packed beforehand (dilation 1, one group;
   // float32, channels_last): 3x3 with stride 2 and padding 1, or 1x1 with any stride, unpadded.
   //

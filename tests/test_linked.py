@@ -122,7 +122,7 @@ def test_a_layer_that_does_not_skip_breaks_the_link(above, passes):
 def test_dropout_in_evaluation_mode_is_linked(passes):
     unlinked, link = twins("dropout")
     equal(unlinked.eval(), link.eval(), images())
-    assert passes == ["FrozenProduct"]
+    assert passes == ["Products"]
 
 
 @pytest.mark.parametrize("name", ["other_geometries", "linear"])

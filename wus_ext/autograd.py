@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import nn as skip_nn
 from .algorithms import Act, Trained, masked
-from .products import FrozenProduct
+from .products import Products
 
 ops = torch.ops.wus
 
@@ -190,7 +190,7 @@ class LinearAct(torch.autograd.Function):
         return (
             ctx.product.dgrad(grad) if need_input else None,
             grad_bias if need_bias else None,
-            grad.t() @ trained[0] if need_weight else None,
+            ctx.product.wgrad(grad, trained[0]) if need_weight else None,
             None,
             None,
             None,
@@ -198,7 +198,7 @@ class LinearAct(torch.autograd.Function):
 
 
 def linear_forward(
-    product: FrozenProduct, input: Tensor, bias: Tensor | None, relu: bool, p: float
+    product: Products, input: Tensor, bias: Tensor | None, relu: bool, p: float
 ) -> tuple[Tensor, Tensor | None]:
     """dropout(relu(product + bias)), and its mask."""
     output = product.forward(input, bias)

@@ -20,10 +20,11 @@ from .algorithms import Act, Algorithm, Unfused
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Dropout, LinearAct
 from .choice import choose
 from .geometry import Geometry
+from .gradients import release
 from .linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .options import SkipOptions
 from .packing import PackedWeights
-from .products import FrozenProduct
+from .products import Products
 from .support import fused_dtype, on_gpu, takes
 
 
@@ -196,11 +197,11 @@ class LinearChain:
         bias, p = self.linear.bias, self._p()
         if not self.linear.skip_wgrad:
             input = input if below is None else below.settled()
-            weight = self.linear.weight
-            product = FrozenProduct(weight.detach(), ())
-            return LinearAct.apply(input, bias, weight, product, self.relu, p)
+            product = Products.training(self.linear)
+            return LinearAct.apply(input, bias, self.linear.weight, product, self.relu, p)
+        release(self.linear)
         backward = wants_dgrad(input) if below is None else below.wants_grad()
-        product = FrozenProduct.of(self.linear, input, self.packed, backward)
+        product = Products.frozen(self.linear, input, self.packed, backward)
         hold = self.above is not None and self.relu and p == 0.0 and torch.is_grad_enabled()
         if not hold and below is None:
             return LinearAct.apply(input, bias, None, product, self.relu, p)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import conv_epilogue
 from .algorithms import Act, Unfused, masked
 from .autograd import dense, first_order, linear_forward, linear_masked
-from .products import FrozenProduct
+from .products import Products
 from .support import on_gpu, tf32_products
 
 ops = torch.ops.wus
@@ -127,7 +127,7 @@ class LinearLayer:
             setting for which there is no product.
     """
 
-    product: FrozenProduct
+    product: Products
     relu: bool
     p: float
     opaque: bool
@@ -166,7 +166,7 @@ def suits_cublaslt(input: Tensor, features: int, features_above: int) -> bool:
 
 
 def _two_passes(
-    layer: Unfused | FrozenProduct, grad: Tensor, mask: Tensor, need_input: bool
+    layer: Unfused | Products, grad: Tensor, mask: Tensor, need_input: bool
 ) -> tuple[Tensor | None, Tensor]:
     grad, grad_bias = ops.mask_bias_grad(layer.dgrad(grad), mask, need_input)
     return (grad if need_input else None), grad_bias

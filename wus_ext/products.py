@@ -1,4 +1,4 @@
-"""Linear layers' products with frozen weights."""
+"""Linear layers' products: with a weight that stands still, and with one that trains."""
 
 from __future__ import annotations
 
@@ -6,40 +6,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._build import build_info
+from .gradients import gradient_memory
 from .packing import PackedWeights
 from .support import Unchanged, on_gpu
 
-__all__ = ["FrozenProduct"]
+__all__ = ["Products"]
+
+ops = torch.ops.wus
+
+#: Below this many values per weight torch's own products are as fast.
+LARGE = 1 << 18
+#: Batches for which a product in blocks of the weight was measured to be faster than torch's.
+BLOCK_BATCHES = range(32, 513)
 
 
-class FrozenProduct:
-    """x @ weight.T and grad @ weight, with the weight packed by oneDNN where that pays."""
+class Products:
+    """x @ weight.T, grad @ weight and grad.T @ x of one step of a linear layer.
 
-    #: Below this many values per weight a packed copy gains nothing.
-    WORTH_PACKING = 1 << 18
+    Args:
+        weight: the layer's, detached, or a copy in another type.
+        packed: the weight as oneDNN packed it, for the first product and for the second, or
+            nothing.
+        linear: the layer, where its weight trains.
+    """
 
-    def __init__(self, weight: Tensor, packed: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, weight: Tensor, packed: tuple[Tensor, ...] = (), linear: nn.Linear | None = None
+    ) -> None:
         self.weight = weight
         self.packed = packed
+        self.linear = linear
         self._unchanged = Unchanged(weight)
 
     @classmethod
-    def of(
+    def training(cls, linear: nn.Linear) -> Products:
+        """Of a step after which the weight changes."""
+        return cls(linear.weight.detach(), linear=linear)
+
+    @classmethod
+    def frozen(
         cls, linear: nn.Linear, input: Tensor, packed: PackedWeights, backward: bool
-    ) -> FrozenProduct:
+    ) -> Products:
+        """Of a step in a skip window, whose weight is packed once where that pays."""
         weight = linear.weight.detach()
         if weight.dtype != input.dtype:
             key = (linear, "cast", input.dtype)
-            return cls(packed.get(key, (linear.weight,), lambda: weight.to(input.dtype)), ())
+            return cls(packed.get(key, (linear.weight,), lambda: weight.to(input.dtype)))
         keys = [(linear, direction) for direction in ("forward", "dgrad")]
         if (
             on_gpu(weight)
-            or weight.numel() < cls.WORTH_PACKING
+            or weight.numel() < LARGE
             or not torch.backends.mkldnn.enabled
             or not torch.backends.mkldnn.is_available()
             or not packed.fits(keys, lambda: 2 * weight.nbytes)
         ):
-            return cls(weight, ())
+            return cls(weight)
         reorder = torch.ops.mkldnn._reorder_linear_weight
         rows, sources = input.size(0), (linear.weight,)
         copies = [packed.get(keys[0], sources, lambda: reorder(weight.contiguous(), rows))]
@@ -50,16 +72,38 @@ class FrozenProduct:
         return cls(weight, tuple(copies))
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.packed:
-            return F.linear(input, self.weight, None if bias is None else bias.to(input.dtype))
-        return self._product(input, self.packed[0], bias)
+        """input @ weight.T + bias."""
+        if self.packed:
+            return _packed_product(input, self.packed[0], bias)
+        bias = None if bias is None else bias.to(input.dtype)
+        if suits_blocks(input, self.weight):
+            return ops.linear_forward(input, self.weight, bias)
+        return F.linear(input, self.weight, bias)
 
     def dgrad(self, grad: Tensor) -> Tensor:
-        if not self.packed:
-            return grad @ self._unchanged()
-        return self._product(grad, self.packed[1], None)
+        """The input's gradient."""
+        if self.packed:
+            return _packed_product(grad, self.packed[1], None)
+        weight = self._unchanged()
+        return ops.linear_dgrad(grad, weight) if suits_blocks(grad, weight) else grad @ weight
 
-    @staticmethod
-    def _product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        return pointwise(input.contiguous(), packed, bias, "none", [], "")
+    def wgrad(self, grad: Tensor, input: Tensor) -> Tensor:
+        """The weight's gradient."""
+        return torch.mm(grad.t(), input, out=gradient_memory(self.linear))
+
+
+def suits_blocks(input: Tensor, weight: Tensor) -> bool:
+    """Whether a product with a weight as it is is better done by the kernels of this package."""
+    return (
+        weight.device.type == "cpu"
+        and input.dtype == weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and weight.numel() >= LARGE
+        and len(input) in BLOCK_BATCHES
+        and build_info()["cpu_capability"] != "generic"
+    )
+
+
+def _packed_product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    return pointwise(input.contiguous(), packed, bias, "none", [], "")

@@ -55,7 +55,7 @@ WUS_INLINE void multiply(int64_t rows, const float* a, int64_t lda, const float*
 }
 
 static void gemm(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows,
-                 int64_t depth, int64_t panels) {
+                 int64_t depth, int64_t panels, bool accumulate) {
   const int64_t passes = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t k = 0; k < depth; k += kGemmDepth) {
     const int64_t part = depth - k < kGemmDepth ? depth - k : kGemmDepth;
@@ -65,7 +65,7 @@ static void gemm(const float* a, int64_t lda, const float* b, float* c, int64_t 
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t row = pass * rows / passes, next = (pass + 1) * rows / passes;
         multiply<kGemmRows, false>(next - row, a + row * lda + k, lda, b_part,
-                                   c + row * ldc + panel * kPanel, ldc, part, k > 0);
+                                   c + row * ldc + panel * kPanel, ldc, part, accumulate || k > 0);
       }
     }
   }

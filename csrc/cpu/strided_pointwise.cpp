@@ -34,10 +34,10 @@ void pointwise_forward(const WinogradInput& in, const WinogradOutput& out, int64
       }
       if (in_place) {
         gemm.run(x, x_row, packed, out.y + first * out.channels, out.channels, rows, in.channels,
-                 panels);
+                 panels, false);
         continue;
       }
-      gemm.run(x, x_row, packed, y, y_row, rows, in.channels, panels);
+      gemm.run(x, x_row, packed, y, y_row, rows, in.channels, panels, false);
       for (int64_t i = 0; i < rows; ++i) {
         float* to = out.y + (first + i) * out.channels;
         std::copy_n(y + i * y_row, out.channels, to);
@@ -59,7 +59,7 @@ void pointwise_dgrad(const WinogradInput& in, const WinogradOutput& out, int64_t
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * step, last = std::min(lines, first + step);
       gemm.run(in.x + first * in.width * in.channels, in.channels, packed, y, y_row,
-               (last - first) * in.width, in.channels, panels);
+               (last - first) * in.width, in.channels, panels, false);
       const float* from = y;
       for (int64_t line = first; line < last; ++line) {
         const int64_t row = line % in.height * stride.y, image = line / in.height;

@@ -39,7 +39,7 @@ void run(Direction direction, const WinogradInput& in, const WinogradOutput& out
         for (int product = 0; product < kProducts; ++product) {
           gemm.run(v.data + product * v_plane, v_row,
                    packed + strided_weight(product) * plane + channel * in.channels,
-                   m.data + product * m_plane, m_row, last - first, in.channels, 1);
+                   m.data + product * m_plane, m_row, last - first, in.channels, 1, false);
         }
         WinogradOutput part = out;
         part.y += channel;

@@ -64,7 +64,7 @@ void run_by_tiles(const Work& conv, int64_t chunk) {
           conv.in, first, last, v, conv.sums ? conv.sums + i * inputs : nullptr);
       for (int64_t f = 0; f < frequencies; ++f) {
         gemm.run(v.data + f * v_plane, v_row, conv.packed + f * plane, m.data + f * m_plane, m_row,
-                 last - first, inputs, panels);
+                 last - first, inputs, panels, false);
       }
       kernels.output[scheme][static_cast<int>(conv.epilogue)](
           conv.out, first, last, m, conv.stats ? conv.stats + i * 3 * outputs : nullptr);
@@ -111,7 +111,8 @@ void run_by_frequencies(const Work& conv, int64_t chunk) {
         const int64_t f = i / groups, group = i % groups;
         const int64_t first = panels * group / groups, last = panels * (group + 1) / groups;
         gemm.run(v.data + f * v_plane, v_row, conv.packed + f * plane + first * inputs * gemm.panel,
-                 m.data + f * m_plane + first * gemm.panel, m_row, rows, inputs, last - first);
+                 m.data + f * m_plane + first * gemm.panel, m_row, rows, inputs, last - first,
+                 false);
       }
     });
     at::parallel_for(start, stop, 1, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-"""The element-wise kernels again, with the instruction sets that this CPU would not choose."""
+"""The kernels again, with the instruction sets that this CPU would not choose."""
 
 import os
 import subprocess
@@ -10,7 +10,13 @@ import pytest
 import wus_ext
 
 HERE = Path(__file__).parent
-FILES = ["test_relu.py", "test_pool.py", "test_dropout.py", "test_batch_norm.py"]
+FILES = [
+    "test_relu.py",
+    "test_pool.py",
+    "test_dropout.py",
+    "test_batch_norm.py",
+    "test_linear.py",
+]
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [("avx2", "avx2"), ("default", "generic")])

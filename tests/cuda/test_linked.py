@@ -155,7 +155,7 @@ def test_nobody_else_reads_the_mask(lt):
     x = torch.randn(8, 24, device=lt.device, requires_grad=True)
     if not linked.suits_cublaslt(x, 136, 8):
         pytest.skip("this cuBLASLt has no such product")
-    layer = linked.LinearLayer(products.FrozenProduct(linear.weight.detach(), ()), True, 0.0,
+    layer = linked.LinearLayer(products.Products(linear.weight.detach()), True, 0.0,
                                opaque=True, below_opaque=False)  # fmt: skip
     held = linked.linked(layer, x, linear.bias, None, None, hold=True)
     assert held.opaque
