@@ -45,6 +45,22 @@ WUS_INLINE Vec zero() { return Vec{}; }
 WUS_INLINE Vec broadcast(float x) { return x - Vec{}; }
 WUS_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 WUS_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+
+// Stores past the caches, to an address aligned to a vector, where that is a whole cache line.
+WUS_INLINE void stream(float* p, Vec v) {
+#if defined(WUS_AVX512)
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  store(p, v);
+#endif
+}
+// What was streamed is there for other threads from here on.
+WUS_INLINE void end_streams() {
+#if defined(WUS_AVX512)
+  _mm_sfence();
+#endif
+}
+
 WUS_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 // The first n lanes; the others read as zero and are not touched in memory. 0 < n <= kWidth.

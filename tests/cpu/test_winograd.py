@@ -61,6 +61,7 @@ CASES = [
     Case("wide_padding", 2, 9, 12, 5, 6, padding=2),
     Case("wide_padding_1x1", 1, 6, 4, 1, 1, padding=2),
     Case("large_weight", 9, 272, 260, 4, 4),
+    Case("weight_past_the_caches", 1, 352, 360, 4, 4),
     Case("deep", 1, 530, 16, 4, 4),
     Case("empty_batch", 0, 8, 8, 6, 6),
 ]
@@ -240,18 +241,20 @@ def test_packing_in_place(dgrad, scheme):
         wus.winograd_pack_(packed, torch.randn(80, 9, 3, 3), dgrad, scheme)
 
 
+@pytest.mark.parametrize("scheme", [0, 2, 4])
 @pytest.mark.parametrize("dgrad", [False, True])
-def test_pack_reads_any_strides(dgrad):
-    weight = torch.randn(6, 10, 3, 3)
-    packed = wus.winograd_pack(weight, dgrad, 4)
+@pytest.mark.parametrize("size", [(1, 1), (6, 10), (64, 96), (70, 33), (352, 360)])
+def test_pack_reads_any_strides(size, dgrad, scheme):
+    weight = torch.randn(*size, 3, 3)
+    packed = wus.winograd_pack(weight, dgrad, scheme)
     for other in (
         weight.contiguous(memory_format=torch.channels_last),
         weight.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
         torch.stack([weight, weight], -1)[..., 0],
     ):
-        assert torch.equal(wus.winograd_pack(other, dgrad, 4), packed)
+        assert torch.equal(wus.winograd_pack(other, dgrad, scheme), packed)
     turned = weight.flip(2, 3).transpose(0, 1).contiguous()
-    assert torch.equal(wus.winograd_pack(turned, not dgrad, 4), packed)
+    assert torch.equal(wus.winograd_pack(turned, not dgrad, scheme), packed)
 
 
 def test_f2_is_as_accurate_as_direct_convolution():
