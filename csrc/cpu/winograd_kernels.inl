@@ -298,36 +298,44 @@ static void output_tiles(const WinogradOutput& out, int64_t first, int64_t last,
   }
 }
 
+// The taps of `depth` input channels and a panel of output channels, of which `columns` exist.
+static void load_taps(const WinogradWeight& w, const float* from, int depth, int64_t columns,
+                      float (*taps)[9][kPanel]) {
+  if (w.output == 1 && columns == kPanel) {
+    for (int k = 0; k < depth; ++k) {
+      for (int tap = 0; tap < 9; ++tap) {
+        const float* at = from + k * w.input + tap / 3 * w.y + tap % 3 * w.x;
+        store(taps[k][tap], load(at));
+        store(taps[k][tap] + kWidth, load(at + kWidth));
+      }
+    }
+    return;
+  }
+  for (int column = 0; column < kPanel; ++column, from += w.output) {
+    for (int k = 0; k < depth; ++k) {
+      for (int tap = 0; tap < 9; ++tap) {
+        taps[k][tap][column] =
+            column < columns ? from[k * w.input + tap / 3 * w.y + tap % 3 * w.x] : 0.f;
+      }
+    }
+  }
+}
+
 constexpr int64_t kCachedWeight = int64_t{4} << 20;  // floats
 
 template <class Scheme>
 static void transform_weight(const WinogradWeight& w, int64_t columns, int64_t first, int64_t last,
                              float* packed, int64_t plane) {
   constexpr int kPoints = Scheme::kPoints, kDepth = 8;
-  // Gathered for several input channels at a time, which are neighbours in a dense weight.
+  // Of several input channels at a time, which are neighbours in a dense weight.
   float taps[kDepth][9][kPanel];
-  const bool dense = w.output == 1 && columns == kPanel;
-  // What a cache does not hold until it is used is better not read into it to be overwritten.
-  const bool large = kPoints * kPoints * plane > kCachedWeight;
+  // What no cache holds until it is used need not be read into one to be overwritten.
+  const bool past_caches = kPoints * kPoints * plane > kCachedWeight &&
+                           reinterpret_cast<uintptr_t>(packed) % sizeof(Vec) == 0 &&
+                           plane % kWidth == 0;
   for (int64_t k0 = first; k0 < last; k0 += kDepth) {
     const int depth = last - k0 < kDepth ? (int)(last - k0) : kDepth;
-    for (int k = 0; dense && k < depth; ++k) {
-      const float* from = w.data + (k0 + k) * w.input;
-      for (int tap = 0; tap < 9; ++tap) {
-        const float* columns_of_tap = from + tap / 3 * w.y + tap % 3 * w.x;
-        store(taps[k][tap], load(columns_of_tap));
-        store(taps[k][tap] + kWidth, load(columns_of_tap + kWidth));
-      }
-    }
-    for (int column = 0; !dense && column < kPanel; ++column) {
-      const float* from = w.data + column * w.output + k0 * w.input;
-      for (int k = 0; k < depth; ++k) {
-        for (int tap = 0; tap < 9; ++tap) {
-          taps[k][tap][column] =
-              column < columns ? from[k * w.input + tap / 3 * w.y + tap % 3 * w.x] : 0.f;
-        }
-      }
-    }
+    load_taps(w, w.data + k0 * w.input, depth, columns, taps);
     for (int k = 0; k < depth; ++k) {
       for (int side = 0; side < 2; ++side) {
         Vec half[kPoints][3];
@@ -348,7 +356,7 @@ static void transform_weight(const WinogradWeight& w, int64_t columns, int64_t f
 #pragma GCC unroll 9
           for (int j = 0; j < kPoints; ++j) {
             float* place = to + (i * kPoints + j) * plane;
-            large ? stream(place, transformed[j]) : store(place, transformed[j]);
+            past_caches ? stream(place, transformed[j]) : store(place, transformed[j]);
           }
         }
       }
