@@ -86,7 +86,7 @@ def linear(features: tuple[int, int, int], batch: int, dtype: torch.dtype) -> It
     inputs, outputs, above = features
     x, grad, bias = new(batch, inputs), new(batch, above), new(outputs)
     below = Products(new(outputs, inputs) / inputs**0.5)
-    top = Products(new(above, outputs) / above**0.5, ())
+    top = Products(new(above, outputs) / above**0.5)
 
     def exists() -> bool:
         return ops.linear_epilogues_exist(x, outputs, above, True)

@@ -14,6 +14,8 @@ import wus_ext
 from tests.program.chains import check
 from wus_ext import gradients, products
 
+GENERIC = wus_ext.build_info()["cpu_capability"] == "generic"
+
 
 @pytest.fixture
 def small_is_large(monkeypatch):
@@ -42,6 +44,10 @@ def grads(model):
 
 def addresses(model):
     return [layer.weight.grad.data_ptr() for layer in model[::2]]
+
+
+def kept_addresses(model):
+    return [gradients._kept[layer].address for layer in model[::2] if layer in gradients._kept]
 
 
 @pytest.fixture
@@ -73,8 +79,7 @@ def block_calls(monkeypatch):
     ids=["full", "few rows", "many rows", "skip, nothing packed", "skip, packed"],
 )
 def test_a_large_layer_equals_stock(block_calls, skip, settings, batch, products_in_blocks):
-    if wus_ext.build_info()["cpu_capability"] == "generic":
-        products_in_blocks = 0
+    products_in_blocks = 0 if GENERIC else products_in_blocks
     stock, fused = build(skip=skip, **settings)
     check(stock, fused, x := torch.randn(batch, 600), tolerance=2e-5)
     assert block_calls[:4] == [len(x)] * products_in_blocks
@@ -86,7 +91,7 @@ def test_a_weight_with_other_strides_takes_torchs_products(block_calls):
         model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())
     check(stock, fused, torch.randn(48, 600), tolerance=2e-5)
     assert fused[0].weight.grad.stride() == fused[0].weight.stride()
-    assert len(block_calls) == 2
+    assert len(block_calls) == (0 if GENERIC else 2)
 
 
 @pytest.mark.usefixtures("small_is_large")
@@ -101,7 +106,7 @@ class TestMemory:
             stock.zero_grad()
             backward(fused, seed)
             backward(stock, seed)
-            assert addresses(fused) == first
+            assert addresses(fused) == first == kept_addresses(fused)
             torch.testing.assert_close(grads(fused), grads(stock))
 
     @pytest.mark.parametrize(
@@ -147,33 +152,87 @@ class TestMemory:
                 backward(model)
             torch.testing.assert_close(grads(fused), grads(stock))
 
-    def test_a_window_gives_it_back(self):
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda fused: wus_ext.set_skip(fused, True),
+            lambda fused: wus_ext.skip_weight_updates(fused).__enter__(),
+            wus_ext.revert,
+        ],
+        ids=["window", "block", "revert"],
+    )
+    def test_it_is_given_back(self, end):
         _, fused = build()
         backward(fused)
-        assert all(layer in gradients._kept for layer in fused[::2])
-        wus_ext.set_skip(fused, True)
-        fused(torch.randn(2, 600))
-        assert not any(layer in gradients._kept for layer in fused[::2])
+        assert len(kept_addresses(fused)) == 2
+        end(fused)
+        assert not kept_addresses(fused)
+
+    def test_layers_that_train_on_keep_theirs(self):
+        _, fused = build()
+        backward(fused)
+        wus_ext.set_skip(fused, True, layers="0")
+        assert kept_addresses(fused) == [fused[2].weight.grad.data_ptr()]
 
     def test_it_goes_with_its_layer(self):
         _, fused = build()
         backward(fused)
-        kept = [weakref.ref(gradients._kept[layer]) for layer in fused[::2]]
+        kept = [weakref.ref(gradients._kept[layer].memory) for layer in fused[::2]]
         del fused
         gc.collect()
         assert [ref() for ref in kept] == [None, None]
 
-    def test_another_weight_gets_other_memory(self):
+    @pytest.mark.parametrize(
+        "weight",
+        [torch.randn(300, 700), torch.randn(520, 700, dtype=torch.double)],
+        ids=["shape", "dtype"],
+    )
+    def test_another_weight_gets_other_memory(self, weight):
         _, fused = build()
         backward(fused)
-        fused[2] = nn.Linear(700, 300)
-        wus_ext.convert(fused, full="fused")
-        fused.zero_grad()
+        address = gradients._kept[fused[2]].address
+        grad = torch.randn(48, len(weight), dtype=weight.dtype)
+        memory = gradients.gradient_memory(fused[2], grad, tuple(weight.shape))
+        assert memory.shape == weight.shape
+        assert memory.dtype == weight.dtype
+        assert memory.data_ptr() != address
+
+    def test_shared_memory_is_left_to_whom_it_is_shared_with(self):
+        _, fused = build()
         backward(fused)
-        assert fused[2].weight.grad.shape == (300, 700)
+        fused[0].weight.grad.share_memory_()
+        shared = addresses(fused)[0]
+        fused.zero_grad()
+        backward(fused, 1)
+        assert addresses(fused)[0] != shared
+        assert not fused[0].weight.grad.is_shared()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_parameters_of_another_model(self, dtype):
+        stock, _ = build()
+        parameters = {name: p.detach().to(dtype) for name, p in stock.named_parameters()}
+        parameters = {name: nn.Parameter(p) for name, p in parameters.items()}
+        skeleton = wus_ext.convert(build()[0].to("meta"), full="fused")
+        x = torch.randn(48, 600, dtype=dtype)
+        outputs = [torch.func.functional_call(model, parameters, x) for model in (stock, skeleton)]
+        expected, actual = (
+            torch.autograd.grad(output.square().mean(), list(parameters.values()))
+            for output in outputs
+        )
+        torch.testing.assert_close(actual, expected)
+
+    def test_a_batch_of_gradients(self):
+        stock, fused = build()
+        x = torch.randn(48, 600)
+        results = []
+        for model in (stock, fused):
+            output, parameters = model(x), [*model.parameters()]
+            grads = torch.randn(3, *output.shape, generator=torch.Generator().manual_seed(0))
+            results.append(torch.autograd.grad(output, parameters, grads, is_grads_batched=True))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 def test_small_gradients_are_not_kept():
     _, fused = build()
     backward(fused)
-    assert not any(layer in gradients._kept for layer in fused[::2])
+    assert not kept_addresses(fused)

@@ -20,7 +20,6 @@ from .algorithms import Act, Algorithm, Unfused
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Dropout, LinearAct
 from .choice import choose
 from .geometry import Geometry
-from .gradients import release
 from .linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .options import SkipOptions
 from .packing import PackedWeights
@@ -199,7 +198,6 @@ class LinearChain:
             input = input if below is None else below.settled()
             product = Products.training(self.linear)
             return LinearAct.apply(input, bias, self.linear.weight, product, self.relu, p)
-        release(self.linear)
         backward = wants_dgrad(input) if below is None else below.wants_grad()
         product = Products.frozen(self.linear, input, self.packed, backward)
         hold = self.above is not None and self.relu and p == 0.0 and torch.is_grad_enabled()

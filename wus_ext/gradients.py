@@ -7,7 +7,9 @@ fills them. So the block stays with its layer, until a skip window begins.
 
 from __future__ import annotations
 
+import math
 from threading import Lock
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,30 +20,45 @@ __all__ = ["gradient_memory", "release"]
 #: The largest size up to which glibc may come to keep freed blocks (DEFAULT_MMAP_THRESHOLD_MAX).
 LARGE_BYTES = 32 << 20
 
-_kept: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+class _Block(NamedTuple):
+    memory: Tensor
+    address: int
+
+    def serves(self, like: Tensor, size: tuple[int, ...]) -> bool:
+        return (
+            self.memory.shape == size
+            and self.memory.dtype == like.dtype
+            and self.memory.data_ptr() == self.address  # neither resized nor moved, to be shared
+            and torch.ops.wus.storage_users(self.memory) == 1
+        )
+
+
+_kept: WeakKeyDictionary[nn.Module, _Block] = WeakKeyDictionary()
 _lock = Lock()
 
 
-def gradient_memory(layer: nn.Module) -> Tensor:
-    """An uninitialised tensor like ``layer.weight``, contiguous, that nothing else shares.
+def gradient_memory(layer: nn.Module, like: Tensor, size: tuple[int, ...]) -> Tensor | None:
+    """An uninitialised tensor for the gradient of a layer's weight, which nothing else shares.
 
-    A large one on the CPU takes the memory of the last one, once every tensor there is gone.
+    Args:
+        layer: whose memory it is.
+        like: has its type and device.
+        size: of the gradient.
+
+    Returns:
+        A contiguous tensor, in the memory of the layer's last gradient if no tensor is left there;
+        None where the allocator may be trusted: on GPUs, and below 32 MiB.
     """
-    weight = layer.weight
-    if weight.device.type != "cpu" or weight.nbytes < LARGE_BYTES:
-        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    nbytes = like.element_size() * math.prod(size)
+    if like.device.type != "cpu" or nbytes < LARGE_BYTES:
+        return None
     with _lock:
-        kept = _kept.get(layer)
-        if (
-            kept is None
-            or kept.shape != weight.shape
-            or kept.dtype != weight.dtype
-            or torch.ops.wus.storage_users(kept) > 1
-        ):
-            kept = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            _kept[layer] = kept
-        # Not a view: autograd makes it the weight's .grad without a copy.
-        return torch.empty(0, dtype=weight.dtype).set_(kept)
+        block = _kept.get(layer)
+        if block is None or not block.serves(like, size):
+            memory = like.new_empty(size)
+            block = _kept[layer] = _Block(memory, memory.data_ptr())
+        return block.memory.detach()  # autograd makes it the weight's .grad without a copy
 
 
 def release(layer: nn.Module) -> None:

@@ -10,6 +10,7 @@ from ._build import build_info
 from .gradients import gradient_memory
 from .packing import PackedWeights
 from .support import Unchanged, on_gpu
+from .tracing import is_batched
 
 __all__ = ["Products"]
 
@@ -89,7 +90,10 @@ class Products:
 
     def wgrad(self, grad: Tensor, input: Tensor) -> Tensor:
         """The weight's gradient."""
-        return torch.mm(grad.t(), input, out=gradient_memory(self.linear))
+        if is_batched(grad):
+            return grad.t() @ input
+        size = (grad.size(1), input.size(1))
+        return torch.mm(grad.t(), input, out=gradient_memory(self.linear, grad, size))
 
 
 def suits_blocks(input: Tensor, weight: Tensor) -> bool:
@@ -100,6 +104,7 @@ def suits_blocks(input: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and weight.numel() >= LARGE
         and len(input) in BLOCK_BATCHES
+        and not is_batched(input)
         and build_info()["cpu_capability"] != "generic"
     )
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .distributed import make_skip_aware, make_stock, set_wrappers
+from .gradients import release
 from .injection import (
     NORMS,
     SkipModel,
@@ -188,6 +189,7 @@ def revert(model: Model) -> Model:
     check_module(model)
     for owner in skippable_parameters(model):
         clear_state(owner)
+        release(owner)
     for module in model.modules():
         if isinstance(module, SkipLayer):
             clear_state(module)

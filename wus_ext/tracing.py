@@ -92,3 +92,8 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several, as in a backward pass of a batch of gradients."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or in_a_transform()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .distributed import check_parameters, make_skip_aware, set_wrappers, warn_if_unseen
+from .gradients import release
 from .injection import (
     SkipModel,
     SkipModule,
@@ -91,6 +92,8 @@ def set_skip(
         on = skip and (skip_biases or any(skippable[owner].values()))
         _set_flag(owner, "skip_wgrad", on)
         _set_flag(owner, "skip_biases", on and skip_biases)
+        if on:
+            release(owner)
     for key, parameter in skipped_now(root).items():
         if key not in before:
             parameter.grad = None

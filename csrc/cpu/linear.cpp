@@ -84,8 +84,9 @@ Tensor linear_forward(const Tensor& input, const Tensor& weight,
   const int64_t panels = divide_up(batch, gemm.panel), columns = panels * gemm.panel;
   const int64_t rows = 2 * gemm.rows, a_row = padded_row(kForwardDepth);
   const int64_t own = rows * (a_row + columns);
-  float* x_panels = scratch(inputs * columns + at::get_num_threads() * own);
-  float* blocks = x_panels + inputs * columns;
+  Tensor packed = at::empty({inputs * columns}, x.options());
+  float* x_panels = packed.mutable_data_ptr<float>();
+  float* blocks = scratch(at::get_num_threads() * own);
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * gemm.panel; first < end * gemm.panel; first += gemm.panel) {
       transpose(x.const_data_ptr<float>() + first * inputs,
@@ -137,8 +138,9 @@ Tensor linear_dgrad(const Tensor& grad_output, const Tensor& weight) {
   const int64_t columns = std::clamp<int64_t>(share, gemm.panel, kDgradColumns);
   const int64_t g_row = padded_row(outputs), c_row = padded_row(columns);
   const int64_t own = kDgradDepth * columns + batch * c_row;
-  float* g_rows = scratch(batch * g_row + threads * own);
-  float* blocks = g_rows + batch * g_row;
+  Tensor padded = at::empty({batch * g_row}, g.options());
+  float* g_rows = padded.mutable_data_ptr<float>();
+  float* blocks = scratch(threads * own);
   at::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       std::copy_n(g.const_data_ptr<float>() + m * outputs, outputs, g_rows + m * g_row);
