@@ -20,6 +20,7 @@ ops = torch.ops.wus
 LARGE = 1 << 18
 #: Batches for which a product in blocks of the weight was measured to be faster than torch's.
 BLOCK_BATCHES = range(32, 513)
+VECTORS = build_info()["cpu_capability"] != "generic"
 
 
 class Products:
@@ -99,13 +100,13 @@ class Products:
 def suits_blocks(input: Tensor, weight: Tensor) -> bool:
     """Whether a product with a weight as it is is better done by the kernels of this package."""
     return (
-        weight.device.type == "cpu"
+        VECTORS
+        and weight.device.type == "cpu"
         and input.dtype == weight.dtype == torch.float32
         and weight.is_contiguous()
         and weight.numel() >= LARGE
         and len(input) in BLOCK_BATCHES
         and not is_batched(input)
-        and build_info()["cpu_capability"] != "generic"
     )
 
 
