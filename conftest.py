@@ -2,6 +2,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch._dynamo  # imported while there is a process group, it would keep that for good
 
 import wus_ext
 

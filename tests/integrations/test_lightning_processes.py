@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+
+from wus_ext.training.launch import launched
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -45,7 +49,7 @@ class Direct(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
 
 
-def main() -> None:
+def train() -> None:
     from wus_ext.integrations.lightning import WeightUpdateSkipping
 
     generator = torch.Generator().manual_seed(0)
@@ -66,6 +70,14 @@ def main() -> None:
     trainer.fit(Direct(), batches, batches)
 
 
+def main() -> bool:
+    # Lightning leaves its process group to the end of the interpreter, which may abort there.
+    with launched("cpu"):
+        group = weakref.ref(dist.group.WORLD)
+        train()
+    return group() is None
+
+
 def test_layers_called_by_training_step_itself():
     done = subprocess.run(
         [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -84,4 +96,4 @@ def test_layers_called_by_training_step_itself():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(not main())
