@@ -19,7 +19,7 @@ ops = torch.ops.wus
 #: Below this many values per weight torch's own products are as fast.
 LARGE = 1 << 18
 #: Batches for which a product in blocks of the weight was measured to be faster than torch's.
-BLOCK_BATCHES = range(32, 513)
+BLOCK_BATCHES = range(32, 257)
 VECTORS = build_info()["cpu_capability"] != "generic"
 
 
