@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from ._build import build_info
 from .gradients import gradient_memory
 from .packing import PackedWeights
-from .support import Unchanged, on_gpu
-from .tracing import is_batched
+from .support import Unchanged, is_batched, on_gpu
 
 __all__ = ["Products"]
 

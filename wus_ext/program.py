@@ -21,7 +21,8 @@ from .chains import ConvChain
 from .fusion import fuse
 from .options import SkipOptions
 from .packing import PackedWeights
-from .tracing import ambient, has_hooks, in_a_transform, trace
+from .support import in_a_transform
+from .tracing import ambient, has_hooks, trace
 
 logger = logging.getLogger("wus_ext")
 

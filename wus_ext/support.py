@@ -1,4 +1,4 @@
-"""Which tensors the fused kernels take, and the type in which they compute."""
+"""Which tensors the fused kernels take, in which type, and where they must not run."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ def fused_dtype(input: Tensor, *parameters: Tensor | None) -> torch.dtype | None
         ):
             return None
     return dtype
+
+
+def in_a_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation runs, which fused chains do not know."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several, as in a backward pass of a batch of gradients."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or in_a_transform()
 
 
 def version(tensor: Tensor) -> int | None:

@@ -76,14 +76,6 @@ def ambient() -> tuple:
     )
 
 
-def in_a_transform() -> bool:
-    """Whether torch.func or forward-mode differentiation runs, which fused chains do not know."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches this module's calls; then it is called, never fused."""
     return bool(
@@ -92,8 +84,3 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor stands for several, as in a backward pass of a batch of gradients."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or in_a_transform()
