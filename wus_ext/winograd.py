@@ -36,8 +36,6 @@ class Winograd(Algorithm):
     ) -> None:
         self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
         self.geometry = geometry
-        self.input_size = geometry.input_size
-        self.output_size = geometry.output_size
         self.padding = geometry.padding[0]
         self.scheme = int(scheme)
         self.packed = packed
@@ -62,7 +60,7 @@ class Winograd(Algorithm):
         if not need_input:
             if act == Act.RELU:
                 mask = mask.flatten(0, 2)
-            _, grad_bias = masked(grad, mask, act, self.output_size, False, need_bias)
+            _, grad_bias = masked(grad, mask, act, self.geometry.output_size, False, need_bias)
             return None, grad_bias, grad_weight
         if act == Act.NONE and not need_bias:
             return self.dgrad(grad), None, grad_weight
@@ -95,7 +93,7 @@ class Winograd(Algorithm):
                 grad, mask, act = ops.apply_mask(grad, mask), None, Act.NONE
             grad_residual = grad
         elif act == Act.RELU:
-            mask = mask.view(z.size(0), *self.output_size, -1)
+            mask = mask.view(z.size(0), *self.geometry.output_size, -1)
         rest = mask, NORM_PROLOGUES[act], z, torch.stack(coefficients)
         return (
             self._deconvolve(grad, *rest)[0] if need_input else None,
@@ -121,7 +119,7 @@ class Winograd(Algorithm):
             self.rotated,
             mask,
             self.in_channels,
-            self.input_size,
+            self.geometry.input_size,
             self.padding,
             self.scheme,
             prologue,
