@@ -144,7 +144,7 @@ def extension():
     options = {}
     graphs = None
     if cuda is not None:
-        patterns += ["cuda/*.cpp", "cuda/*.cu"]
+        patterns += ["cuda/**/*.cpp", "cuda/**/*.cu"]
         archs = os.environ["TORCH_CUDA_ARCH_LIST"]
         flags["cxx"] += [
             "-DWUS_WITH_CUDA",

@@ -24,10 +24,10 @@ from common import machine, spread, table
 from kernels import seconds
 
 import wus_ext
-from wus_ext.algorithms import Direct
-from wus_ext.geometry import Geometry
-from wus_ext.products import Products
-from wus_ext.tuning import agree
+from wus_ext.engine.conv.algorithm import Direct
+from wus_ext.engine.conv.geometry import Geometry
+from wus_ext.engine.gpu.tuning import agree
+from wus_ext.engine.linear import Products
 
 ops = torch.ops.wus
 #: Channels and pixels of convolutions that follow one without pooling: VGG and ResNet.

@@ -19,7 +19,7 @@ from common import NETWORKS, TrainingStep, batch, interleaved, machine, table
 from torch import nn
 
 import wus_ext
-from wus_ext.geometry import Geometry, Scheme, schemes, suits_strided
+from wus_ext.engine.conv.geometry import Geometry, Scheme, schemes, suits_strided
 
 SIDE = 2048
 #: Products of a tile, and the tile's outputs along a side.

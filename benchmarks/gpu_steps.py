@@ -23,7 +23,7 @@ import torch
 from common import NETWORKS, TrainingStep, batch, freeze, machine, median_ms, spread, table
 
 import wus_ext
-from wus_ext.options import EPILOGUES
+from wus_ext.engine.options import EPILOGUES
 from wus_ext.training.graphs import CudaGraph
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
-from wus_ext.rules import Phase, Settings, decide
+from wus_ext.methods.rules import Phase, Settings, decide
 
 LR = 0.02
 WIDTHS = (32, 64, 64, 128, 128)

@@ -19,7 +19,7 @@ from torch import nn
 import wus_ext
 from benchmarks.common import machine, table
 from tests.integrations.zoo import TIMM, TORCHVISION, TRANSFORMERS, Case, call, freeze, saved_bytes
-from wus_ext.injection import stock_class
+from wus_ext.conversion.modules import stock_class
 from wus_ext.nn import DropIn
 
 KIB = 2**10

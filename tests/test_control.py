@@ -23,7 +23,7 @@ from tests.program.chains import (
 )
 from tests.program.chains import images as program_images
 from tests.test_skip import BIASES, Net, backward, images, net, with_gradient
-from wus_ext.chains import ConvChain, LinearChain
+from wus_ext.engine.chains import ConvChain, LinearChain
 
 EVERYTHING = {name for name, _ in Net().named_parameters()}
 WEIGHTS = EVERYTHING - BIASES

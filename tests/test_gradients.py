@@ -12,7 +12,8 @@ from torch import nn
 
 import wus_ext
 from tests.program.chains import check
-from wus_ext import gradients, products
+from wus_ext.engine import gradient_memory as gradients
+from wus_ext.engine import linear as products
 
 GENERIC = wus_ext.build_info()["cpu_capability"] == "generic"
 

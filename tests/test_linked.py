@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wus_ext
-from wus_ext import linked, options
+from wus_ext.engine import options
+from wus_ext.engine.gpu import linked
 
 from .program.chains import CHAINS, build, images, program, run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wus_ext import tuning
+from wus_ext.engine.gpu import tuning
 
 
 class Ways:

@@ -10,9 +10,9 @@
 from . import distributed, functional, models, nn
 from ._build import build_info
 from ._version import __version__
-from .policy import WUS, WUSLR
-from .skip import convert, describe, packed_bytes, revert
-from .window import is_skipping, set_skip, skip_weight_updates
+from .conversion.convert import convert, describe, packed_bytes, revert
+from .conversion.windows import is_skipping, set_skip, skip_weight_updates
+from .methods.policy import WUS, WUSLR
 
 __all__ = [
     "WUS",

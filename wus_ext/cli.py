@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import build_info, packed_bytes, processes, set_skip
+from . import build_info, packed_bytes, set_skip
+from .distributed import processes
 from .training.compare import CompareConfig, compare, read_compare
 from .training.config import METHODS, MODELS, TrainConfig
 from .training.errors import ConfigError, DataError, MissingExtra, TrainingError

@@ -5,7 +5,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "rows.h"
+#include "common/rows.h"
 
 #define WUS_DISPATCH_DTYPE(dtype, name, ...)                                     \
   AT_DISPATCH_SWITCH(dtype, name,                                                \

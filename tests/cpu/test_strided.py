@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext  # noqa: F401  (registers torch.ops.wus)
-from wus_ext.choice import packed_nbytes
+from wus_ext.engine.conv.choice import packed_nbytes
 
 wus = torch.ops.wus
 

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext import algorithms, autograd, choice, products, support
+from wus_ext.engine import autograd, support
+from wus_ext.engine import linear as products
+from wus_ext.engine.conv import algorithm as algorithms
+from wus_ext.engine.conv import choice
 
 from ..program.chains import CHAINS, frozen
 

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext import algorithms, autograd, choice, conv_epilogue, linked, options, support, tuning
+from wus_ext.engine import autograd, options, support
+from wus_ext.engine.conv import algorithm as algorithms
+from wus_ext.engine.conv import choice
+from wus_ext.engine.gpu import conv_epilogue, linked, tuning
 
 from ..cpu.rows import dense, pack, rows_of, same
 from .steps import check_replay, results

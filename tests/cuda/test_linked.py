@@ -10,7 +10,11 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext import algorithms, autograd, choice, linked, options, products, support
+from wus_ext.engine import autograd, options, support
+from wus_ext.engine import linear as products
+from wus_ext.engine.conv import algorithm as algorithms
+from wus_ext.engine.conv import choice
+from wus_ext.engine.gpu import linked
 
 from .steps import check_replay, results
 

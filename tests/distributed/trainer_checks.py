@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.training import tiny
-from wus_ext import processes
+from wus_ext.distributed import processes
 from wus_ext.training import ConfigError, DataError, Trainer, TrainingError
 
 from .replicas import same_everywhere

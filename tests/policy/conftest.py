@@ -1,6 +1,6 @@
 import pytest
 
-from wus_ext import policy
+from wus_ext.methods import policy
 
 
 @pytest.fixture(autouse=True, scope="module")

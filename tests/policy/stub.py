@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from wus_ext.policy import WUS, WUSLR
+from wus_ext.methods.policy import WUS, WUSLR
 
 
 class Model:

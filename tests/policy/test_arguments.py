@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from wus_ext import policy as policy_module
-from wus_ext.policy import WUS
+from wus_ext.methods import policy as policy_module
+from wus_ext.methods.policy import WUS
 
 from .stub import Model, make, snapshot
 

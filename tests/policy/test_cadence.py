@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 
 import wus_ext
-from wus_ext import policy as policy_module
-from wus_ext.policy import WUS, WUSLR
-from wus_ext.rules import Phase, Settings, decide
+from wus_ext.methods import policy as policy_module
+from wus_ext.methods.policy import WUS, WUSLR
+from wus_ext.methods.rules import Phase, Settings, decide
 
 from .stub import ACCURACIES, FLAT, OPTIONS, Model, constant, marks
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from wus_ext.policy import WUSLR
+from wus_ext.methods.policy import WUSLR
 
 from .stub import FLAT, SCHEDULERS, Model, constant, factors, make, make_optimizer, run_lr, snapshot
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wus_ext.policy import WUS, WUSLR
+from wus_ext.methods.policy import WUS, WUSLR
 
 from .stub import (
     ACCURACIES,

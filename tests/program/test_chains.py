@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext.chains import DropoutChain
+from wus_ext.engine.chains import DropoutChain
 
 from .chains import CHANNELS, build, chain, check, conv, frozen, images, program, run
 

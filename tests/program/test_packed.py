@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import wus_ext
-from wus_ext.choice import packed_nbytes
-from wus_ext.geometry import Scheme
+from wus_ext.engine.conv.choice import packed_nbytes
+from wus_ext.engine.conv.geometry import Scheme
 
 from .chains import CHAINS, CHANNELS, build, check, images, relative_error, run, stock_chain
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wus_ext
-from wus_ext.algorithms import Act
-from wus_ext.chains import ConvChain, DropoutChain, LinearChain
+from wus_ext.engine.chains import ConvChain, DropoutChain, LinearChain
+from wus_ext.engine.conv.algorithm import Act
 
 from .chains import build, check, frozen, images, program, run
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from wus_ext import processes
+from wus_ext.distributed import processes
 from wus_ext.training import DataError, TrainConfig, load_data
 from wus_ext.training.augment import Normalize, crop_and_flip
 from wus_ext.training.cifar import load_cifar

@@ -120,7 +120,7 @@ def test_what_cannot_be_recorded_is_refused(settings, message):
 
 
 def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("wus_ext.processes.count", lambda: 2)
+    monkeypatch.setattr("wus_ext.distributed.processes.count", lambda: 2)
     with pytest.raises(ConfigError, match="cuda_graphs needs a single process"):
         TrainConfig(cuda_graphs=True).validate()
 

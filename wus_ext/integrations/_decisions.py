@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..policy import WUS, WUSLR
-from ..rules import Settings, check_lr_drop
-from ..skip import set_skip
+from ..conversion.windows import set_skip
+from ..methods.policy import WUS, WUSLR
+from ..methods.rules import Settings, check_lr_drop
 
 
 class Decisions:
@@ -23,7 +23,7 @@ class Decisions:
         percent: whether it is in percent (0 to 100) or a fraction (0 to 1).
         lr_drop: as for :class:`wus_ext.WUSLR`; None leaves learning rates alone, as
             :class:`wus_ext.WUS`.
-        settings: see :class:`wus_ext.rules.Settings`.
+        settings: see :class:`wus_ext.methods.rules.Settings`.
 
     Raises:
         TypeError, ValueError: for what the policies refuse.

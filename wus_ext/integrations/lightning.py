@@ -17,8 +17,8 @@ except ImportError:
             "wus_ext.integrations.lightning needs Lightning: pip install 'wus_ext[integrations]'"
         ) from error
 
+from ..conversion.convert import convert
 from ..nn import SkipLayer
-from ..skip import convert
 from ._decisions import Decisions
 
 
@@ -35,8 +35,9 @@ class WeightUpdateSkipping(pl.Callback):
             ``on_validation_epoch_end`` or ``training_step(..., on_epoch=True)``. An epoch without
             a new value does not count.
         percent: whether it is in percent (0 to 100) or, the default, a fraction (0 to 1).
-        threshold, patience, max_window, warmup, min_open: see :class:`wus_ext.rules.Settings`;
-            the threshold is in percentage points whatever the unit of the metric.
+        threshold, patience, max_window, warmup, min_open: see
+            :class:`wus_ext.methods.rules.Settings`; the threshold is in
+            percentage points whatever the unit of the metric.
         lr_drop: see :class:`wus_ext.WUSLR`; None ignores learning rates.
 
     Raises:

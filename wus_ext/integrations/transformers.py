@@ -16,8 +16,8 @@ except ImportError as error:
         "pip install 'wus_ext[integrations]'"
     ) from error
 
+from ..conversion.convert import convert
 from ..nn import SkipLayer
-from ..skip import convert
 from ._decisions import Decisions
 
 
@@ -33,8 +33,9 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
     Args:
         monitor: name of an accuracy of ``compute_metrics``, with or without ``eval_``.
         percent: whether it is in percent (0 to 100) or, the default, a fraction (0 to 1).
-        threshold, patience, max_window, warmup, min_open: see :class:`wus_ext.rules.Settings`;
-            the threshold is in percentage points whatever the unit of the metric.
+        threshold, patience, max_window, warmup, min_open: see
+            :class:`wus_ext.methods.rules.Settings`; the threshold is in
+            percentage points whatever the unit of the metric.
         lr_drop: see :class:`wus_ext.WUSLR`; None ignores learning rates.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .. import processes
-from ..options import ALGORITHMS, FULL, NORMS
-from ..rules import Settings
+from ..distributed import processes
+from ..engine.options import ALGORITHMS, FULL, NORMS
+from ..methods.rules import Settings
 from .errors import ConfigError
 
 __all__ = ["DATASETS", "METHODS", "MODELS", "TrainConfig"]

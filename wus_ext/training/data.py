@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import processes
+from ..distributed import processes
 from .augment import Normalize, crop_and_flip
 from .cifar import load_cifar
 from .config import TrainConfig

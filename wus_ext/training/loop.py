@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .. import processes
-from ..skip import packed_bytes
+from ..conversion.convert import packed_bytes
+from ..distributed import processes
 from .graphs import StepGraphs
 from .memory import StepMemory
 from .timing import StepTimer, synchronize

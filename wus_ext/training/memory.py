@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..skip import packed_bytes
+from ..conversion.convert import packed_bytes
 
 __all__ = ["StepMemory", "saving"]
 

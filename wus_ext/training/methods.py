@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from .. import models
-from ..policy import WUS, WUSLR
-from ..skip import convert, revert
-from ..window import set_skip
+from ..conversion.convert import convert, revert
+from ..conversion.windows import set_skip
+from ..methods.policy import WUS, WUSLR
 from .config import SKIPPING, TrainConfig
 from .errors import ConfigError
 

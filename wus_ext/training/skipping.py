@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..selection import Layers
-from ..window import set_skip
+from ..conversion.selection import Layers
+from ..conversion.windows import set_skip
 
 __all__ = ["skipped_epoch"]
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import processes
-from ..injection import skipped_now
+from ..conversion.modules import skipped_now
+from ..distributed import processes
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError, DataError, TrainingError

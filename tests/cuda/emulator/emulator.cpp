@@ -7,13 +7,13 @@
 #define TORCH_LIBRARY_IMPL(ns, key, m) _TORCH_LIBRARY_IMPL(wus_emulated, CPU, m, C10_UID)
 #define is_cuda is_cpu
 
-#include "cuda/batch_norm.cpp"
-#include "cuda/batch_norm_kernels.cu"
-#include "cuda/dropout.cpp"
-#include "cuda/dropout_kernels.cu"
-#include "cuda/linear_epilogue.cpp"
-#include "cuda/lt_matmul.cpp"
-#include "cuda/mask.cpp"
-#include "cuda/mask_kernels.cu"
-#include "cuda/pool.cpp"
-#include "cuda/pool_kernels.cu"
+#include "cuda/batch_norm/batch_norm.cpp"
+#include "cuda/batch_norm/kernels.cu"
+#include "cuda/elementwise/dropout.cpp"
+#include "cuda/elementwise/dropout_kernels.cu"
+#include "cuda/epilogue/linear_epilogue.cpp"
+#include "cuda/epilogue/lt_matmul.cpp"
+#include "cuda/elementwise/mask.cpp"
+#include "cuda/elementwise/mask_kernels.cu"
+#include "cuda/elementwise/pool.cpp"
+#include "cuda/elementwise/pool_kernels.cu"

@@ -1,8 +1,0 @@
-#if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
-#define WUS_ISA avx2
-#define WUS_AVX2
-
-#include "kernels.inl"
-
-#endif

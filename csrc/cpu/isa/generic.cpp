@@ -1,3 +1,0 @@
-#define WUS_ISA generic
-
-#include "kernels.inl"

@@ -1,0 +1,60 @@
+// Loops and sums over a tensor's rows.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "common/rows.h"
+
+namespace wus::cpu {
+
+inline void check_float(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kFloat, name,
+                    " must be a float32 tensor on the CPU, got ", t.scalar_type(), " on ",
+                    t.device());
+}
+
+// The tensor dense in rows x channels: itself, or a copy.
+inline at::Tensor as_rows(const at::Tensor& t, const char* name) {
+  check_float(t, name);
+  return t.contiguous(row_format(t));
+}
+
+inline at::Tensor nothing(const at::Tensor& like, at::ScalarType type = at::kFloat) {
+  return at::empty({0}, like.options().dtype(type));
+}
+
+// Elements worth a thread of their own.
+constexpr int64_t kGrain = 32768;
+
+// body(begin, end) over ranges of rows, in parallel.
+template <class Body>
+void for_rows(int64_t rows, int64_t channels, const Body& body) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), body);
+}
+
+// Sums over rows: body(begin, end, sums) adds the rows of its range to sums[width] of double.
+// Ranges follow from the shape alone and their sums are added in order, so that the result does not
+// depend on the number of threads. Returns a float64 tensor [width].
+template <class Body>
+at::Tensor sum_over_rows(int64_t rows, int64_t channels, int64_t width, const Body& body) {
+  constexpr int64_t kMultiple = 64;
+  int64_t step = kGrain / std::max<int64_t>(1, channels);
+  step = std::max<int64_t>(1, (step + kMultiple - 1) / kMultiple) * kMultiple;
+  const int64_t ranges = std::max<int64_t>(1, (rows + step - 1) / step);
+  at::Tensor partial = at::zeros({ranges, width}, at::kDouble);
+  double* sums = partial.data_ptr<double>();
+  at::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      body(i * step, std::min(rows, (i + 1) * step), sums + i * width);
+    }
+  });
+  for (int64_t i = 1; i < ranges; ++i) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += sums[i * width + c];
+  }
+  return partial.select(0, 0);
+}
+
+}  // namespace wus::cpu

@@ -1,0 +1,3 @@
+#define WUS_ISA generic
+
+#include "cpu/simd/kernels.inl"

@@ -1,0 +1,47 @@
+// How a Winograd convolution is scheduled over threads: by tiles where the weight fits a cache, by
+// frequencies where it does not; and what is summed over the tiles on the way.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/winograd/kernels.h"
+
+namespace wus::cpu {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct SchemeInfo {
+  WinogradScheme kernel;
+  int64_t tile, frequencies;
+};
+
+// Packed weights: [frequencies][plane], a plane being [panels][inputs][panel] and some padding that
+// keeps the planes from falling on the same cache sets.
+int64_t plane_size(int64_t inputs, int64_t outputs);
+
+// Tile counts in `in` and `out` are left to run_winograd.
+struct Convolution {
+  SchemeInfo scheme;
+  WinogradSource source;
+  WinogradEpilogue epilogue;
+  WinogradInput in;
+  WinogradOutput out;
+  const float* packed;
+};
+
+// Runs, and returns the sums over the source's pixels [channels], or the mean and biased variance
+// of the outputs [2, channels], or an empty tensor.
+at::Tensor run_winograd(const Convolution& convolution, int64_t images, bool want_sums,
+                        const at::TensorOptions& options);
+
+struct WeightGradient {
+  SchemeInfo scheme;
+  WinogradSource source;  // of `grad`
+  WinogradInput input, grad;
+  WinogradGradient weight;
+};
+
+// Writes the weight gradient of a convolution with this many tiles, at least one.
+void run_winograd_wgrad(const WeightGradient& gradient, int64_t tiles);
+
+}  // namespace wus::cpu

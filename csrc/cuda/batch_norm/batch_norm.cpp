@@ -1,0 +1,294 @@
+#include "cuda/batch_norm/kernels.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "common/activation.h"
+#include "cuda/elementwise/pool_kernels.h"
+#include "cuda/launch.h"
+
+namespace wus::cuda {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// A dense vector with one element a channel.
+at::Tensor per_channel(const at::Tensor& t, const char* name, int64_t channels,
+                       const at::Device& device, at::ScalarType type = at::kFloat) {
+  TORCH_CHECK_VALUE(
+      t.device() == device && t.scalar_type() == type && t.dim() == 1 && t.size(0) == channels,
+      name, " must be a ", type, " tensor of size [", channels, "] on ", device, ", got ",
+      t.scalar_type(), " of size ", t.sizes(), " on ", t.device());
+  return t.contiguous();
+}
+
+at::Tensor per_channel(const OptionalTensor& t, const char* name, int64_t channels,
+                       const at::Device& device) {
+  return t ? per_channel(*t, name, channels, device) : at::Tensor();
+}
+
+const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+void check_act(int64_t act, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(act >= kNone && act <= kReluRecompute,
+                    "act must be 0 (none), 1 (ReLU, mask), 2 (ReLU and 2x2 max-pool, codes) or 3 "
+                    "(ReLU, mask computed again), got ",
+                    act);
+  if (act == kReluMaxPool) check_poolable(input);
+}
+
+void check_like(const at::Tensor& t, const char* name, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(t.scalar_type() == input.scalar_type() && t.device() == input.device(), name,
+                    " must be ", input.scalar_type(), " on ", input.device(), " as input is, got ",
+                    t.scalar_type(), " on ", t.device());
+}
+
+int64_t extent(const at::Tensor& x, int64_t dim) { return x.dim() == 4 ? x.size(dim) : 1; }
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& input) {
+  check_float(input, "input");
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor x = as_rows(input, "input");
+  const Rows shape(x);
+  const auto floats = x.options().dtype(at::kFloat);
+  if (x.numel() == 0) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    return {at::full({shape.channels}, nan, floats), at::full({shape.channels}, nan, floats)};
+  }
+  at::Tensor mean = at::empty({shape.channels}, floats), var = at::empty_like(mean);
+  at::Tensor partial =
+      at::empty({norm_partial_sums(shape.rows, shape.channels)}, floats.dtype(at::kDouble));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  WUS_DISPATCH_DTYPE(x.scalar_type(), "batch_norm_stats", [&] {
+    norm_stats(x.const_data_ptr<scalar_t>(), partial.data_ptr<double>(), mean.data_ptr<float>(),
+               var.data_ptr<float>(), shape.rows, shape.channels, stream);
+  });
+  return {mean, var};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_scale_shift(const at::Tensor& mean,
+                                                                      const at::Tensor& var,
+                                                                      const OptionalTensor& weight,
+                                                                      const OptionalTensor& bias,
+                                                                      double eps) {
+  const c10::cuda::CUDAGuard guard(mean.device());
+  const int64_t channels = mean.numel();
+  const at::Device device = mean.device();
+  const at::Tensor m = per_channel(mean, "mean", channels, device);
+  const at::Tensor v = per_channel(var, "var", channels, device);
+  const at::Tensor gamma = per_channel(weight, "weight", channels, device);
+  const at::Tensor beta = per_channel(bias, "bias", channels, device);
+  at::Tensor scale = at::empty_like(m), shift = at::empty_like(m), invstd = at::empty_like(m);
+  if (channels) {
+    norm_scale_shift(data(m), data(v), data(gamma), data(beta), eps, scale.data_ptr<float>(),
+                     shift.data_ptr<float>(), invstd.data_ptr<float>(), channels,
+                     c10::cuda::getCurrentCUDAStream());
+  }
+  return {scale, shift, invstd};
+}
+
+void batch_norm_update_running(at::Tensor running_mean, at::Tensor running_var,
+                               const at::Tensor& mean, const at::Tensor& var, double momentum,
+                               int64_t count) {
+  const c10::cuda::CUDAGuard guard(mean.device());
+  const int64_t channels = mean.numel();
+  const at::Tensor m = per_channel(mean, "mean", channels, mean.device());
+  const at::Tensor v = per_channel(var, "var", channels, mean.device());
+  for (const auto& [running, name] :
+       {std::pair(running_mean, "running_mean"), std::pair(running_var, "running_var")}) {
+    per_channel(running, name, channels, mean.device());
+    TORCH_CHECK_VALUE(running.is_contiguous(), name, " must be contiguous");
+  }
+  if (channels == 0) return;
+  const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
+  norm_update_running(running_mean.data_ptr<float>(), running_var.data_ptr<float>(), data(m),
+                      data(v), momentum, unbiased, channels, c10::cuda::getCurrentCUDAStream());
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
+                                                    const OptionalTensor& scale,
+                                                    const at::Tensor& shift,
+                                                    const OptionalTensor& residual, int64_t act) {
+  check_float(input, "input");
+  check_act(act, input);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor x = as_rows(input, "input");
+  const Rows shape(x);
+  const at::Tensor s = per_channel(scale, "scale", shape.channels, x.device());
+  const at::Tensor t = per_channel(shift, "shift", shape.channels, x.device());
+  const Affine affine = {data(s), data(t)};
+  at::Tensor added;
+  if (residual) {
+    TORCH_CHECK_VALUE(act == kNone || act == kReluMask,
+                      "residual needs act 0 (none) or 1 (ReLU with a mask), got act ", act);
+    check_like(*residual, "residual", x);
+    added = as_rows(*residual, "residual");
+    check_same_size(added, "residual", x, "input");
+  }
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (act == kReluMaxPool) {
+    const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
+    at::Tensor output = at::empty({batch, shape.channels, height / 2, width / 2},
+                                  x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    at::Tensor code =
+        at::empty({batch, height / 2, width / 2, shape.channels}, x.options().dtype(at::kByte));
+    if (output.numel() == 0) return {output, code};
+    WUS_DISPATCH_DTYPE(x.scalar_type(), "batch_norm_apply", [&] {
+      cuda::relu_max_pool(x.const_data_ptr<scalar_t>(), affine, height, width, /*relu=*/true,
+                          output.data_ptr<scalar_t>(), code.data_ptr<uint8_t>(), Rows(output).rows,
+                          shape.channels, stream);
+    });
+    return {output, code};
+  }
+  at::Tensor output = empty_rows(x);
+  at::Tensor mask = act == kReluMask ? empty_mask(x) : at::empty({0}, x.options().dtype(at::kByte));
+  if (x.numel() == 0) return {output, mask};
+  WUS_DISPATCH_DTYPE(x.scalar_type(), "batch_norm_apply", [&] {
+    relu(x.const_data_ptr<scalar_t>(), affine,
+         added.defined() ? added.const_data_ptr<scalar_t>() : nullptr, act != kNone,
+         output.data_ptr<scalar_t>(), act == kReluMask ? mask.data_ptr<uint8_t>() : nullptr,
+         shape.rows, shape.channels, stream);
+  });
+  return {output, mask};
+}
+
+// The tensors of a backward pass, checked and dense.
+struct Backward {
+  at::Tensor grad, x, mask, scale, shift;
+  int64_t channels;
+  int act;
+
+  Backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& mask_,
+           const OptionalTensor& scale_, const OptionalTensor& shift_, int64_t act_)
+      : act(static_cast<int>(act_)) {
+    check_float(input, "input");
+    check_act(act, input);
+    check_like(grad_output, "grad_output", input);
+    x = as_rows(input, "input");
+    grad = as_rows(grad_output, "grad_output");
+    channels = Rows(x).channels;
+    TORCH_CHECK_VALUE(mask_.has_value() == (act == kReluMask || act == kReluMaxPool),
+                      "mask must be given for act 1 (bits) and 2 (codes) and not otherwise, got ",
+                      mask_ ? "one" : "none", " with act ", act);
+    TORCH_CHECK_VALUE(act != kReluRecompute || (scale_ && shift_),
+                      "scale and shift must be given for act 3, which computes the mask again");
+    if (act == kReluMaxPool) {
+      const int64_t batch = x.size(0), oh = x.size(2) / 2, ow = x.size(3) / 2;
+      TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({batch, channels, oh, ow}),
+                        "grad_output must be [N, C, H / 2, W / 2] for input of size ", x.sizes(),
+                        ", got size ", grad.sizes());
+      check_bytes(*mask_, "mask", {batch, oh, ow, channels}, x.device());
+    } else {
+      check_same_size(grad, "grad_output", x, "input");
+      if (mask_) check_mask(*mask_, x);
+    }
+    if (mask_) mask = *mask_;
+    scale = per_channel(scale_, "scale", channels, x.device());
+    shift = per_channel(shift_, "shift", channels, x.device());
+  }
+
+  template <class T>
+  NormGrad<T> op() const {
+    return {grad.const_data_ptr<T>(),
+            x.const_data_ptr<T>(),
+            mask.defined() ? mask.const_data_ptr<uint8_t>() : nullptr,
+            {data(scale), data(shift)},
+            extent(x, 2),
+            extent(x, 3),
+            Rows(grad).rows,
+            channels,
+            act};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor& grad_output,
+                                                        const at::Tensor& input,
+                                                        const at::Tensor& mean,
+                                                        const OptionalTensor& mask,
+                                                        const OptionalTensor& scale,
+                                                        const OptionalTensor& shift, int64_t act) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  const Backward backward(grad_output, input, mask, scale, shift, act);
+  const int64_t channels = backward.channels;
+  const at::Tensor m = per_channel(mean, "mean", channels, input.device());
+  const auto doubles = m.options().dtype(at::kDouble);
+  if (backward.grad.numel() == 0) {
+    return {at::zeros({channels}, doubles), at::zeros({channels}, doubles)};
+  }
+  at::Tensor sum = at::empty({channels}, doubles), sum_xmu = at::empty({channels}, doubles);
+  at::Tensor partial = at::empty({norm_partial_sums(Rows(backward.grad).rows, channels)}, doubles);
+  WUS_DISPATCH_DTYPE(backward.x.scalar_type(), "batch_norm_grad_sums", [&] {
+    norm_grad_sums(backward.op<scalar_t>(), data(m), partial.data_ptr<double>(),
+                   sum.data_ptr<double>(), sum_xmu.data_ptr<double>(),
+                   c10::cuda::getCurrentCUDAStream());
+  });
+  return {sum, sum_xmu};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_grad_coefficients(
+    const at::Tensor& sum_grad, const at::Tensor& sum_grad_xmu, const at::Tensor& mean,
+    const at::Tensor& invstd, const OptionalTensor& weight, int64_t count) {
+  const c10::cuda::CUDAGuard guard(mean.device());
+  const at::Device device = mean.device();
+  const int64_t channels = mean.numel();
+  const at::Tensor sg = per_channel(sum_grad, "sum_grad", channels, device, at::kDouble);
+  const at::Tensor sgx = per_channel(sum_grad_xmu, "sum_grad_xmu", channels, device, at::kDouble);
+  const at::Tensor m = per_channel(mean, "mean", channels, device);
+  const at::Tensor inverse = per_channel(invstd, "invstd", channels, device);
+  const at::Tensor gamma = per_channel(weight, "weight", channels, device);
+  at::Tensor a = at::empty_like(m), b = at::empty_like(m), c0 = at::empty_like(m),
+             grad_bias = at::empty_like(m), grad_weight = at::empty_like(m);
+  if (channels) {
+    norm_grad_coefficients(sg.const_data_ptr<double>(), sgx.const_data_ptr<double>(), data(m),
+                           data(inverse), data(gamma), static_cast<double>(count),
+                           {a.data_ptr<float>(), b.data_ptr<float>(), c0.data_ptr<float>(),
+                            grad_bias.data_ptr<float>(), grad_weight.data_ptr<float>()},
+                           channels, c10::cuda::getCurrentCUDAStream());
+  }
+  return {a, b, c0, grad_bias, grad_weight};
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_grad_input(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& a,
+    const at::Tensor& b, const at::Tensor& c0, const OptionalTensor& mask,
+    const OptionalTensor& scale, const OptionalTensor& shift, int64_t act,
+    bool need_grad_residual) {
+  TORCH_CHECK_VALUE(!need_grad_residual || act == kReluMask,
+                    "need_grad_residual needs act 1 (ReLU with a mask), got act ", act);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const Backward backward(grad_output, input, mask, scale, shift, act);
+  const int64_t channels = backward.channels;
+  const at::Device device = input.device();
+  const at::Tensor a_ = per_channel(a, "a", channels, device),
+                   b_ = per_channel(b, "b", channels, device),
+                   c_ = per_channel(c0, "c0", channels, device);
+  at::Tensor grad_input = empty_rows(backward.x);
+  at::Tensor grad_residual = need_grad_residual ? empty_rows(backward.x) : nothing(backward.x);
+  if (backward.grad.numel() == 0) return {grad_input, grad_residual};
+  WUS_DISPATCH_DTYPE(backward.x.scalar_type(), "batch_norm_grad_input", [&] {
+    norm_grad_input(backward.op<scalar_t>(), data(a_), data(b_), data(c_),
+                    grad_input.data_ptr<scalar_t>(),
+                    need_grad_residual ? grad_residual.data_ptr<scalar_t>() : nullptr,
+                    c10::cuda::getCurrentCUDAStream());
+  });
+  return {grad_input, grad_residual};
+}
+
+TORCH_LIBRARY_IMPL(wus, CUDA, m) {
+  m.impl("batch_norm_stats", &batch_norm_stats);
+  m.impl("batch_norm_scale_shift", &batch_norm_scale_shift);
+  m.impl("batch_norm_update_running", &batch_norm_update_running);
+  m.impl("batch_norm_apply", &batch_norm_apply);
+  m.impl("batch_norm_grad_sums", &batch_norm_grad_sums);
+  m.impl("batch_norm_grad_coefficients", &batch_norm_grad_coefficients);
+  m.impl("batch_norm_grad_input", &batch_norm_grad_input);
+}
+
+}  // namespace
+}  // namespace wus::cuda

@@ -1,0 +1,302 @@
+#include "cuda/batch_norm/kernels.h"
+
+#include "common/activation.h"
+#include "common/layout.h"
+#include "cuda/elementwise/sums.cuh"
+
+namespace wus::cuda {
+namespace {
+
+struct StoreStats {
+  double count;
+  float *mean, *var;
+
+  __device__ void operator()(int64_t c, const double (&sums)[2]) const {
+    const double m = sums[0] / count;
+    const double v = sums[1] / count - m * m;
+    mean[c] = static_cast<float>(m);
+    var[c] = static_cast<float>(v < 0 ? 0 : v);  // NaN stays NaN
+  }
+};
+
+struct StoreTwo {
+  double *first, *second;
+
+  __device__ void operator()(int64_t c, const double (&sums)[2]) const {
+    first[c] = sums[0];
+    second[c] = sums[1];
+  }
+};
+
+// A thread sums deviations from the first value that it meets, in float: a large mean costs nothing
+// then, and an outlier's own square outweighs what it makes the others lose. Moments about zero,
+// which add up, are formed from that in double.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
+    moments_kernel(const T* __restrict__ input, double* __restrict__ partial, int64_t rows,
+                   int64_t channels) {
+  const int64_t first = int64_t{blockIdx.y} * blockDim.y + threadIdx.y, c0 = first_channel();
+  Octet<T> pivot = {};
+  if (first < rows && c0 < channels) {
+    pivot = load<kVector>(input + first * channels + c0,
+                          channels - c0 < kOctet ? static_cast<int>(channels - c0) : kOctet);
+  }
+  float sum[kOctet] = {}, squares[kOctet] = {};
+  int n = 0;
+  for_octets<4>(rows, channels, [=, &sum, &squares, &n](int64_t r, int64_t c, int lanes) {
+    const Octet<T> x = load<kVector>(input + r * channels + c, lanes);
+    ++n;
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      const float d = static_cast<float>(x.lane[k]) - static_cast<float>(pivot.lane[k]);
+      sum[k] += d;
+      squares[k] = fmaf(d, d, squares[k]);
+    }
+  });
+  double moment[kOctet];
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) moment[k] = n * static_cast<double>(pivot.lane[k]) + sum[k];
+  leave_partial(moment, channels, partial);
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) {
+    const double p = static_cast<float>(pivot.lane[k]);
+    moment[k] = squares[k] + p * (2.0 * sum[k] + n * p);
+  }
+  leave_partial(moment, channels, partial + gridDim.y * channels);
+}
+
+// The gradient that passes the activation, at a row of the input; not for pooling.
+template <class T, bool kVector>
+__device__ __forceinline__ Octet<T> gated(const NormGrad<T>& op,
+                                          const AffineOctet<T, kVector>& affine, const Octet<T>& x,
+                                          int64_t r, int64_t c, int lanes) {
+  Octet<T> g = load<kVector>(op.grad + r * op.channels + c, lanes);
+  if (op.act == kNone) return g;
+  const unsigned bits = op.act == kReluMask ? op.mask[r * mask_bytes(op.channels) + c / kOctet] : 0;
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) {
+    const bool keep = op.act == kReluMask
+                          ? bits >> k & 1
+                          : !(static_cast<float>(static_cast<T>(affine(x.lane[k], k))) <= 0);
+    if (!keep) g.lane[k] = static_cast<T>(0.f);
+  }
+  return g;
+}
+
+template <class T, bool kVector, bool kPool>
+__global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
+    grad_sums_kernel(NormGrad<T> op, const float* __restrict__ mean, double* __restrict__ partial) {
+  const AffineOctet<T, kVector> affine(op.affine, op.channels);
+  const AffineOctet<T, kVector> means(Affine{nullptr, mean}, op.channels);
+  float sum[kOctet] = {}, sum_xmu[kOctet] = {};
+  for_octets<2>(op.rows, op.channels, [&](int64_t r, int64_t c, int lanes) {
+    Octet<T> g, x;
+    if constexpr (kPool) {
+      // Of each window only the element that won passes a gradient.
+      g = load<kVector>(op.grad + r * op.channels + c, lanes);
+      const Octet<uint8_t> code = load<kVector>(op.mask + r * op.channels + c, lanes);
+      const Window window(op.height, op.width, r);
+      Octet<T> pixel[4];
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        pixel[p] = load<kVector>(op.x + window.pixel(p) * op.channels + c, lanes);
+      }
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        x.lane[k] = pixel[0].lane[k];
+#pragma unroll
+        for (int p = 1; p < 4; ++p) {
+          if (code.lane[k] == p) x.lane[k] = pixel[p].lane[k];
+        }
+        if (code.lane[k] == kNothingPositive) g.lane[k] = static_cast<T>(0.f);
+      }
+    } else {
+      x = load<kVector>(op.x + r * op.channels + c, lanes);
+      g = gated(op, affine, x, r, c, lanes);
+    }
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      const float gradient = static_cast<float>(g.lane[k]);
+      sum[k] += gradient;
+      sum_xmu[k] = fmaf(gradient, static_cast<float>(x.lane[k]) - means.shift.lane[k], sum_xmu[k]);
+    }
+  });
+  double total[kOctet];
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) total[k] = sum[k];
+  leave_partial(total, op.channels, partial);
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) total[k] = sum_xmu[k];
+  leave_partial(total, op.channels, partial + gridDim.y * op.channels);
+}
+
+template <class T, bool kVector, bool kPool>
+__global__ void __launch_bounds__(kThreads)
+    grad_input_kernel(NormGrad<T> op, const float* __restrict__ a, const float* __restrict__ b,
+                      const float* __restrict__ c0, T* __restrict__ grad_input,
+                      T* __restrict__ grad_residual) {
+  const AffineOctet<T, kVector> affine(op.affine, op.channels);
+  const AffineOctet<T, kVector> bx_c(Affine{b, c0}, op.channels);
+  const AffineOctet<T, kVector> as(Affine{nullptr, a}, op.channels);
+  for_octets<1>(op.rows, op.channels, [&](int64_t r, int64_t c, int lanes) {
+    const auto put = [&](int64_t pixel, const Octet<T>& x, const Octet<T>& g) {
+      Octet<T> result;
+#pragma unroll
+      for (int k = 0; k < kOctet; ++k) {
+        result.lane[k] = static_cast<T>(
+            fmaf(static_cast<float>(g.lane[k]), as.shift.lane[k], bx_c(x.lane[k], k)));
+      }
+      store<kVector>(grad_input + pixel * op.channels + c, result, lanes);
+    };
+    if constexpr (kPool) {
+      const Octet<T> g = load<kVector>(op.grad + r * op.channels + c, lanes);
+      const Octet<uint8_t> code = load<kVector>(op.mask + r * op.channels + c, lanes);
+      const auto put_pixel = [&](int64_t pixel, int position) {
+        Octet<T> passed;
+#pragma unroll
+        for (int k = 0; k < kOctet; ++k) {
+          passed.lane[k] = code.lane[k] == position ? g.lane[k] : static_cast<T>(0.f);
+        }
+        put(pixel, load<kVector>(op.x + pixel * op.channels + c, lanes), passed);
+      };
+      Window(op.height, op.width, r).for_pixels(put_pixel);
+    } else {
+      const Octet<T> x = load<kVector>(op.x + r * op.channels + c, lanes);
+      const Octet<T> g = gated(op, affine, x, r, c, lanes);
+      if (grad_residual) store<kVector>(grad_residual + r * op.channels + c, g, lanes);
+      put(r, x, g);
+    }
+  });
+}
+
+__device__ __forceinline__ int64_t own_channel() {
+  return int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+}
+
+__global__ void scale_shift_kernel(const float* mean, const float* var, const float* weight,
+                                   const float* bias, double eps, float* scale, float* shift,
+                                   float* invstd, int64_t channels) {
+  const int64_t c = own_channel();
+  if (c >= channels) return;
+  const double inverse = 1 / sqrt(var[c] + eps);
+  const double s = weight ? inverse * weight[c] : inverse;
+  invstd[c] = static_cast<float>(inverse);
+  scale[c] = static_cast<float>(s);
+  shift[c] = static_cast<float>((bias ? bias[c] : 0.0) - mean[c] * s);
+}
+
+__global__ void update_running_kernel(float* running_mean, float* running_var, const float* mean,
+                                      const float* var, double momentum, double unbiased,
+                                      int64_t channels) {
+  const int64_t c = own_channel();
+  if (c >= channels) return;
+  running_mean[c] = static_cast<float>((1 - momentum) * running_mean[c] + momentum * mean[c]);
+  running_var[c] =
+      static_cast<float>((1 - momentum) * running_var[c] + momentum * (var[c] * unbiased));
+}
+
+// d loss / d x = gamma * invstd * (g - mean(g) - xhat * mean(g * xhat)) as a * g + b * x + c0.
+__global__ void coefficients_kernel(const double* sum_grad, const double* sum_grad_xmu,
+                                    const float* mean, const float* invstd, const float* weight,
+                                    double count, NormCoefficients out, int64_t channels) {
+  const int64_t c = own_channel();
+  if (c >= channels) return;
+  const double inverse = invstd[c];
+  const double a = weight ? weight[c] * inverse : inverse;
+  const double b = -a * inverse * inverse * sum_grad_xmu[c] / count;
+  out.a[c] = static_cast<float>(a);
+  out.b[c] = static_cast<float>(b);
+  out.c0[c] = static_cast<float>(-a * sum_grad[c] / count - b * mean[c]);
+  out.grad_bias[c] = static_cast<float>(sum_grad[c]);
+  out.grad_weight[c] = static_cast<float>(sum_grad_xmu[c] * inverse);
+}
+
+constexpr int kChannelThreads = 128;
+
+dim3 channel_grid(int64_t channels) {
+  return dim3((channels + kChannelThreads - 1) / kChannelThreads);
+}
+
+}  // namespace
+
+int64_t norm_partial_sums(int64_t rows, int64_t channels) {
+  return 2 * partial_sums(rows, channels);
+}
+
+template <class T>
+void norm_stats(const T* input, double* partial, float* mean, float* var, int64_t rows,
+                int64_t channels, cudaStream_t stream) {
+  const Cover c = sum_cover(rows, channels);
+  with_vector(
+      [&](auto vector) {
+        launch(moments_kernel<T, vector.value>, c.grid, c.block, stream, input, partial, rows,
+               channels);
+      },
+      channels, input);
+  const StoreStats store = {static_cast<double>(rows), mean, var};
+  add_partials<2>(partial, c.grid.y, channels, store, stream);
+}
+
+template <class T>
+void norm_grad_sums(const NormGrad<T>& op, const float* mean, double* partial, double* sum_grad,
+                    double* sum_grad_xmu, cudaStream_t stream) {
+  const Cover c = sum_cover(op.rows, op.channels);
+  with_vector(
+      [&](auto vector) {
+        auto kernel = op.act == kReluMaxPool ? grad_sums_kernel<T, vector.value, true>
+                                             : grad_sums_kernel<T, vector.value, false>;
+        launch(kernel, c.grid, c.block, stream, op, mean, partial);
+      },
+      op.channels, op.grad, op.x, op.act == kReluMaxPool ? op.mask : nullptr, op.affine.scale,
+      op.affine.shift, mean);
+  add_partials<2>(partial, c.grid.y, op.channels, StoreTwo{sum_grad, sum_grad_xmu}, stream);
+}
+
+template <class T>
+void norm_grad_input(const NormGrad<T>& op, const float* a, const float* b, const float* c0,
+                     T* grad_input, T* grad_residual, cudaStream_t stream) {
+  const Cover c = cover(op.rows, op.channels, 1, kMaxBlocks);
+  with_vector(
+      [&](auto vector) {
+        auto kernel = op.act == kReluMaxPool ? grad_input_kernel<T, vector.value, true>
+                                             : grad_input_kernel<T, vector.value, false>;
+        launch(kernel, c.grid, c.block, stream, op, a, b, c0, grad_input, grad_residual);
+      },
+      op.channels, op.grad, op.x, op.act == kReluMaxPool ? op.mask : nullptr, op.affine.scale,
+      op.affine.shift, a, b, c0, grad_input, grad_residual);
+}
+
+void norm_scale_shift(const float* mean, const float* var, const float* weight, const float* bias,
+                      double eps, float* scale, float* shift, float* invstd, int64_t channels,
+                      cudaStream_t stream) {
+  launch(scale_shift_kernel, channel_grid(channels), dim3(kChannelThreads), stream, mean, var,
+         weight, bias, eps, scale, shift, invstd, channels);
+}
+
+void norm_update_running(float* running_mean, float* running_var, const float* mean,
+                         const float* var, double momentum, double unbiased, int64_t channels,
+                         cudaStream_t stream) {
+  launch(update_running_kernel, channel_grid(channels), dim3(kChannelThreads), stream, running_mean,
+         running_var, mean, var, momentum, unbiased, channels);
+}
+
+void norm_grad_coefficients(const double* sum_grad, const double* sum_grad_xmu, const float* mean,
+                            const float* invstd, const float* weight, double count,
+                            NormCoefficients out, int64_t channels, cudaStream_t stream) {
+  launch(coefficients_kernel, channel_grid(channels), dim3(kChannelThreads), stream, sum_grad,
+         sum_grad_xmu, mean, invstd, weight, count, out, channels);
+}
+
+#define WUS_INSTANTIATE(T)                                                                        \
+  template void norm_stats(const T*, double*, float*, float*, int64_t, int64_t, cudaStream_t);    \
+  template void norm_grad_sums(const NormGrad<T>&, const float*, double*, double*, double*,       \
+                               cudaStream_t);                                                     \
+  template void norm_grad_input(const NormGrad<T>&, const float*, const float*, const float*, T*, \
+                                T*, cudaStream_t);
+
+WUS_INSTANTIATE(float)
+WUS_INSTANTIATE(c10::Half)
+WUS_INSTANTIATE(c10::BFloat16)
+#undef WUS_INSTANTIATE
+
+}  // namespace wus::cuda

@@ -1,0 +1,122 @@
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cuda/elementwise/mask_kernels.h"
+#include "cuda/launch.h"
+
+namespace wus::cuda {
+namespace {
+
+// input, other and output are dense and of one type; other may be undefined, output may be input.
+at::Tensor relu_into(const at::Tensor& input, const at::Tensor& other, const at::Tensor& output) {
+  const Rows shape(input);
+  at::Tensor mask = empty_mask(input);
+  if (input.numel() == 0) return mask;
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  WUS_DISPATCH_DTYPE(input.scalar_type(), "relu_mask", [&] {
+    relu(input.const_data_ptr<scalar_t>(), Affine{},
+         other.defined() ? other.const_data_ptr<scalar_t>() : nullptr, /*relu=*/true,
+         output.data_ptr<scalar_t>(), mask.data_ptr<uint8_t>(), shape.rows, shape.channels, stream);
+  });
+  return mask;
+}
+
+std::tuple<at::Tensor, at::Tensor> relu_mask(const at::Tensor& input) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor x = as_rows(input, "input");
+  at::Tensor output = empty_rows(x);
+  at::Tensor mask = relu_into(x, {}, output);
+  return {output, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor> relu_mask_(at::Tensor input) {
+  const c10::cuda::CUDAGuard guard(input.device());
+  check_float(input, "input");
+  check_dense(input, "input");
+  at::Tensor mask = relu_into(input, {}, input);
+  return {input, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor> add_relu_mask(const at::Tensor& input, const at::Tensor& other) {
+  check_float(input, "input");
+  check_same_size(other, "other", input, "input");
+  TORCH_CHECK_VALUE(other.scalar_type() == input.scalar_type() && other.device() == input.device(),
+                    "other must be ", input.scalar_type(), " on ", input.device(),
+                    " as input is, got ", other.scalar_type(), " on ", other.device());
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor x = as_rows(input, "input");
+  at::Tensor output = empty_rows(x);
+  at::Tensor mask = relu_into(x, as_rows(other, "other"), output);
+  return {output, mask};
+}
+
+at::Tensor apply_mask(const at::Tensor& grad_output, const at::Tensor& mask, double scale) {
+  check_float(grad_output, "grad_output");
+  check_mask(mask, grad_output);
+  const c10::cuda::CUDAGuard guard(grad_output.device());
+  const at::Tensor grad = as_rows(grad_output, "grad_output");
+  at::Tensor output = empty_rows(grad);
+  if (grad.numel() == 0) return output;
+  const Rows shape(grad);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  WUS_DISPATCH_DTYPE(grad.scalar_type(), "apply_mask", [&] {
+    cuda::apply_mask(grad.const_data_ptr<scalar_t>(), mask.const_data_ptr<uint8_t>(),
+                     static_cast<float>(scale), output.data_ptr<scalar_t>(), shape.rows,
+                     shape.channels, stream);
+  });
+  return output;
+}
+
+at::Tensor unpack_mask(const at::Tensor& mask, int64_t channels) {
+  const int64_t bytes = mask_bytes(channels);
+  TORCH_CHECK_VALUE(mask.is_cuda() && mask.dim() == 2 && mask.size(1) == bytes &&
+                        mask.scalar_type() == at::kByte && mask.is_contiguous(),
+                    "mask must be a contiguous uint8 tensor of size [*, ", bytes,
+                    "] on a GPU, got ", mask.scalar_type(), " of size ", mask.sizes(), " on ",
+                    mask.device());
+  const c10::cuda::CUDAGuard guard(mask.device());
+  at::Tensor output = at::empty({mask.size(0), channels}, mask.options().dtype(at::kChar));
+  if (output.numel() == 0) return output;
+  cuda::unpack_mask(mask.const_data_ptr<uint8_t>(), output.data_ptr<int8_t>(), mask.size(0),
+                    channels, c10::cuda::getCurrentCUDAStream());
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor> mask_bias_grad(const at::Tensor& grad_output,
+                                                  const std::optional<at::Tensor>& mask,
+                                                  bool need_grad_input) {
+  check_float(grad_output, "grad_output");
+  if (mask) check_mask(*mask, grad_output);
+  const c10::cuda::CUDAGuard guard(grad_output.device());
+  const at::Tensor grad = as_rows(grad_output, "grad_output");
+  const Rows shape(grad);
+  const bool store = mask && need_grad_input;
+  at::Tensor grad_input = store ? empty_rows(grad) : nothing(grad);
+  const auto floats = grad.options().dtype(at::kFloat);
+  if (grad.numel() == 0) return {grad_input, at::zeros({shape.channels}, floats)};
+  at::Tensor grad_bias = at::empty({shape.channels}, floats);
+  at::Tensor partial = at::empty({partial_sums(shape.rows, shape.channels)}, floats);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  WUS_DISPATCH_DTYPE(grad.scalar_type(), "mask_bias_grad", [&] {
+    cuda::mask_bias_grad(
+        grad.const_data_ptr<scalar_t>(), mask ? mask->const_data_ptr<uint8_t>() : nullptr,
+        store ? grad_input.data_ptr<scalar_t>() : nullptr, partial.data_ptr<float>(),
+        grad_bias.data_ptr<float>(), shape.rows, shape.channels, stream);
+  });
+  return {grad_input, grad_bias};
+}
+
+TORCH_LIBRARY_IMPL(wus, CUDA, m) {
+  m.impl("relu_mask", &relu_mask);
+  m.impl("relu_mask_", &relu_mask_);
+  m.impl("add_relu_mask", &add_relu_mask);
+  m.impl("apply_mask", &apply_mask);
+  m.impl("unpack_mask", &unpack_mask);
+  m.impl("mask_bias_grad", &mask_bias_grad);
+}
+
+}  // namespace
+}  // namespace wus::cuda

@@ -1,0 +1,1 @@
+"""Models that can skip: made, switched and undone."""

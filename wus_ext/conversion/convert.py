@@ -1,0 +1,263 @@
+"""Models that can skip: ``convert``, ``revert``.
+
+In a skip step biases train and every other parameter is a constant: no gradient is computed for
+it, and nothing is saved for one. Biases can be constants too, and some layers can train in full
+while others skip. ``convert`` prepares a model in place, as
+``torch.nn.utils.parametrize`` does, by giving its layers and its root subclasses of their own
+classes: parameters, buffers, hooks, ``state_dict`` keys and optimizers stay what they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..distributed.ddp import make_skip_aware, make_stock, set_wrappers
+from ..engine.gradient_memory import release
+from ..engine.options import SkipOptions
+from ..engine.program import ProgramCache
+from ..nn import DROP_INS, SkipLayer, is_bias
+from .modules import (
+    NORMS,
+    SkipModel,
+    SkipModule,
+    injected,
+    is_parametrized_bias,
+    skippable_parameters,
+    stock_class,
+)
+from .windows import (
+    check_module,
+    clear_state,
+    is_script,
+    note_windows,
+    set_skip,
+    unwrap,
+    window_of_all,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+logger = logging.getLogger("wus_ext")
+
+
+def convert(
+    model: Model,
+    *,
+    skip_gamma: bool = True,
+    norm: str = "batch",
+    algo: str = "auto",
+    memory_budget: int | None = None,
+    fuse: bool = True,
+    epilogues: Collection[str] = (),
+    full: str = "stock",
+) -> Model:
+    """Makes a model skip-aware, in place; full steps stay stock PyTorch unless asked otherwise.
+
+    ``Conv2d``, ``Linear`` and normalisation layers become the drop-ins of :mod:`wus_ext.nn`
+    wherever they appear, also twice; any other layer stays stock and has its weights detached in
+    skip steps. May be called before or after the optimizer is made, and again after layers were
+    added. What was converted is logged (logger ``wus_ext``, level INFO); see :func:`describe`.
+
+    Args:
+        model: any module, wrapped in ``DistributedDataParallel`` or not.
+        skip_gamma: whether the scale of normalisation layers counts as a weight and is skipped
+            (default True) or trains in skip steps as biases do.
+        norm: statistics of batch norm in skip steps while training: ``"batch"`` (default, as
+            stock; running statistics keep updating) or ``"frozen"`` (running statistics, which
+            stand still, at less cost).
+        algo: convolutions of the CPU's skip steps in float32: ``"direct"`` (oneDNN), ``"f2"``,
+            ``"f4"`` (Winograd, where a layer allows) or ``"auto"`` (default: the fastest for each
+            layer). Rounding of ``"f2"`` is that of oneDNN, of ``"f4"`` up to 6e-6 relative.
+        memory_budget: bytes that the transformed copies of weights may take, in skip windows and,
+            with ``full="fused"``, always; layers that do not fit run with a smaller transform or
+            directly. Default None: no limit.
+        fuse: whether chains of layers may run as one in skip steps (default True). Set it to False
+            for a model whose ``forward`` depends on Python state other than ``training``.
+        epilogues: what may mask a layer's data gradient for the ReLU of the layer below it, and sum
+            it for that layer's bias, in the product itself: ``"cublaslt"`` (linear layers on a GPU,
+            where cuBLASLt can; its ReLU may turn NaN into 0), ``"cudnn"`` (convolutions of stride 1
+            on a GPU, where cuDNN can and is faster), ``"plain"`` (what is used anyway, in that
+            order; the same bit for bit). Default: none. Not yet run on a GPU.
+        full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
+            ``"fused"``: on the CPU in float32, the skip step's chains and convolutions, and weight
+            gradients by Winograd; equal to stock's up to the rounding of ``algo``, without second
+            derivatives. Not for a model whose ``forward`` depends on Python state other than
+            ``training``, which is read once. Elsewhere, and under ``torch.compile`` or
+            ``torch.func``, full steps stay stock.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module`` or is a TorchScript module.
+        ValueError: if ``model`` holds a lazy layer that has not seen an input yet, a setting is
+            none of the above, or an epilogue is not part of this build.
+
+    Warns:
+        UserWarning: if there was nothing to convert, or no bias that a skip step could train.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+        >>> wus_ext.convert(model) is model
+        True
+        >>> print(wus_ext.describe(model))
+        Sequential: 1 Conv2d; in a skip step 1 weight tensor (216 values) stands still and 1 bias \
+tensor (8 values) trains
+    """
+    check_module(model)
+    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse, epilogues, full)
+    set_wrappers(model, make_skip_aware)
+    root = unwrap(model)
+    for name, module in root.named_modules():
+        if (
+            isinstance(module, nn.modules.lazy.LazyModuleMixin)
+            and module.has_uninitialized_params()
+        ):
+            raise ValueError(
+                f"model: the lazy layer {name!r} has no parameters yet; run one forward pass "
+                "before convert"
+            )
+    joins = window_of_all(root)
+    for path, module in root.named_modules():
+        _convert_one(module, path, skip_gamma)
+    inner = isinstance(root, SkipModule) and not isinstance(root, SkipModel)
+    if inner or not isinstance(root, SkipLayer):
+        root.__class__ = injected(SkipModel, stock_class(type(root)))
+    for module in root.modules():
+        if isinstance(module, SkipModule):
+            module.skip_gamma = skip_gamma
+        if isinstance(module, NORMS) and isinstance(module, SkipLayer):
+            module.frozen_statistics = norm == "frozen"
+    if isinstance(root, SkipModel):
+        root._skip_programs = ProgramCache(options)
+    if joins is not None:  # layers that were added in a window of all layers join it
+        set_skip(root, True, skip_biases=joins)
+    else:
+        note_windows(root, skippable_parameters(root))
+    logger.info("converted %s", describe(root))
+    _warn_if_pointless(root)
+    return model
+
+
+def _convert_one(module: nn.Module, path: str, skip_gamma: bool) -> None:
+    stock = stock_class(type(module))
+    if isinstance(module, NORMS) and not skip_gamma:
+        clear_state(module)
+        module.__class__ = stock
+    elif stock in DROP_INS:
+        module.__class__ = DROP_INS[stock]
+    elif not isinstance(module, SkipLayer) and _runs_on_weights(module, path):
+        module.__class__ = injected(SkipModule, stock)
+
+
+def _runs_on_weights(module: nn.Module, path: str) -> bool:
+    """Whether a call of `module` itself, not of the root, must detach weights of its own."""
+    return (
+        not is_script(module)
+        and type(module).forward is not nn.Module.forward  # a ParameterList has none
+        and not is_parametrized_bias(path)
+        and any(not is_bias(name) for name in module._parameters)
+    )
+
+
+def revert(model: Model) -> Model:
+    """Undoes :func:`convert`, in place: every layer is stock PyTorch's again.
+
+    Layers built from :mod:`wus_ext.nn` become their stock classes too. Parameters, buffers, hooks
+    and optimizers stay what they are.
+
+    Args:
+        model: any module, converted or not.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module``.
+
+    Example:
+        >>> model = wus_ext.revert(wus_ext.convert(torch.nn.Linear(3, 2)))
+        >>> type(model) is torch.nn.Linear
+        True
+    """
+    check_module(model)
+    for owner in skippable_parameters(model):
+        clear_state(owner)
+        release(owner)
+    for module in model.modules():
+        if isinstance(module, SkipLayer):
+            clear_state(module)
+            for name in ("skip_gamma", "frozen_statistics", "_skip_programs"):
+                module.__dict__.pop(name, None)
+            module.__class__ = stock_class(type(module))
+    set_wrappers(model, make_stock)
+    return model
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes that transformed copies of the weights of a converted model take right now.
+
+    They are made in the first skip step of a window and dropped when it ends; with ``full="fused"``
+    also in the first full step, and then kept.
+    """
+    return sum(
+        module._skip_programs.packed.nbytes()
+        for module in model.modules()
+        if isinstance(module, SkipModel) and module._skip_programs is not None
+    )
+
+
+def describe(model: nn.Module) -> str:
+    """What a skip step of ``model`` trains and what stands still, in one line."""
+    check_module(model)
+    root = unwrap(model)
+    kinds = Counter(
+        stock_class(type(module)).__name__
+        for module in root.modules()
+        if isinstance(module, SkipLayer) and not isinstance(module, SkipModule)
+    )
+    layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no drop-in layer"
+    skipped = _weights(root)
+    trained = [p for p in root.parameters() if p.requires_grad and id(p) not in skipped]
+    return (
+        f"{stock_class(type(root)).__name__}: {layers}; in a skip step "
+        f"{_count(skipped.values(), 'weight')} {'stands' if len(skipped) == 1 else 'stand'} still "
+        f"and {_count(trained, 'bias')} {'trains' if len(trained) == 1 else 'train'}"
+    )
+
+
+def _count(parameters: Any, kind: str) -> str:
+    parameters = list(parameters)
+    values = sum(parameter.numel() for parameter in parameters)
+    return f"{len(parameters)} {kind} tensor{'s' * (len(parameters) != 1)} ({values} values)"
+
+
+def _weights(root: nn.Module) -> dict[int, nn.Parameter]:
+    """Every parameter that counts as a weight, by id."""
+    weights = [
+        owner._parameters[name]
+        for owner, own in skippable_parameters(root).items()
+        for name, is_weight in own.items()
+        if is_weight
+    ]
+    return {id(parameter): parameter for parameter in weights}
+
+
+def _warn_if_pointless(root: nn.Module) -> None:
+    skipped = _weights(root)
+    if not skipped:
+        warnings.warn(
+            f"convert: {type(root).__name__} has no weight to skip; nothing was converted",
+            stacklevel=3,
+        )
+    elif not any(p.requires_grad and id(p) not in skipped for p in root.parameters()):
+        warnings.warn(
+            f"convert: {stock_class(type(root)).__name__} has no bias: a skip step trains nothing",
+            stacklevel=3,
+        )

@@ -1,0 +1,221 @@
+"""Which steps are skip steps, and which layers skip in them: ``set_skip``, ``skip_weight_updates``.
+
+The state is one flag a layer, read in each forward pass; a module that runs the layers inside it
+knows whether any of them skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..distributed.ddp import check_parameters, make_skip_aware, set_wrappers, warn_if_unseen
+from ..engine.gradient_memory import release
+from ..nn import SkipLayer
+from .modules import (
+    SkipModel,
+    SkipModule,
+    Skippable,
+    adopt_sharded,
+    skippable_parameters,
+    skipped_now,
+)
+from .selection import Layers, select
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+STATE = ("skip_wgrad", "skip_biases", "skip_window")
+
+
+def set_skip(
+    model: nn.Module, skip: bool, *, layers: Layers | None = None, skip_biases: bool = False
+) -> None:
+    """Makes every following forward pass a skip step, or a full step again.
+
+    The decision is read in the forward pass, and backward follows what forward decided. Entering
+    a skip window sets the gradients of the parameters that now stand still to None, so that an
+    optimizer leaves them alone.
+
+    Args:
+        model: a converted model, or a wrapper of one (``DistributedDataParallel``, the result of
+            ``torch.compile``), or one built from :mod:`wus_ext.nn`.
+        skip: True for skip steps, False for full steps.
+        layers: the layers to change, all others staying what they are: a pattern of names as in
+            ``model.named_modules()`` (``fnmatch``; a name means everything inside it too), an
+            iterable of patterns (none: no layer), or a predicate ``(name, module) -> bool``.
+            Layers that do not skip train as in stock PyTorch. Default None: every layer. A weight
+            that several layers share gets its gradient from those that train.
+        skip_biases: biases and whatever else trains in a skip step are constants too, and only
+            gradients with respect to inputs are left. The last call for a layer decides. Default
+            False.
+
+    Warns:
+        UserWarning: in several processes, for a model whose wrapper would not notice.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module``, ``skip`` or ``skip_biases`` no bool, ``layers``
+            none of the above.
+        ValueError: if ``model`` has no layer that can skip or is wrapped in the older
+            ``FullyShardedDataParallel`` (use ``fully_shard``), ``layers`` means none, or
+            ``skip_biases`` comes without ``skip``.
+
+    Example:
+        >>> layers = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+        >>> model = wus_ext.convert(torch.nn.Sequential(*layers))
+        >>> wus_ext.set_skip(model, True, layers="0", skip_biases=True)
+        >>> model(torch.randn(4, 3)).mean().backward()
+        >>> [name for name, p in model.named_parameters() if p.grad is not None]
+        ['1.weight', '1.bias']
+        >>> wus_ext.set_skip(model, False)
+    """
+    for name, value in (("skip", skip), ("skip_biases", skip_biases)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    if skip_biases and not skip:
+        raise ValueError("skip_biases: needs skip=True; set_skip(model, False) trains biases again")
+    _check_skips(model)
+    if skip:
+        check_parameters(model)
+        set_wrappers(model, make_skip_aware)
+        warn_if_unseen(model)
+    root = unwrap(model)
+    if skip and isinstance(root, SkipModule):
+        adopt_sharded(root)
+    skippable = skippable_parameters(root)
+    chosen = set(skippable) if layers is None else select(root, layers, skippable)
+    before = skipped_now(root)
+    for owner in chosen:
+        on = skip and (skip_biases or any(skippable[owner].values()))
+        _set_flag(owner, "skip_wgrad", on)
+        _set_flag(owner, "skip_biases", on and skip_biases)
+        if on:
+            release(owner)
+    for key, parameter in skipped_now(root).items():
+        if key not in before:
+            parameter.grad = None
+    note_windows(root, skippable)
+    for module in root.modules():
+        if isinstance(module, SkipModel) and module._skip_programs is not None and not skip:
+            module._skip_programs.end_window(chosen)
+
+
+def note_windows(root: nn.Module, skippable: Skippable) -> None:
+    """Tells each module that runs the layers inside which of them skip."""
+    for module in root.modules():
+        if isinstance(module, SkipModule):
+            inside = [part for part in module.modules() if part in skippable]
+            some = any(getattr(part, "skip_wgrad", False) for part in inside)
+            whole = all(
+                getattr(part, "skip_wgrad", False)
+                for part in inside
+                if any(skippable[part].values())
+            )
+            _set_flag(module, "skip_window", ("all" if whole else "some") if some else None)
+
+
+def window_of_all(root: nn.Module) -> bool | None:
+    """Whether a window of all layers skips biases too; None outside of one."""
+    if not isinstance(root, SkipModule) or root.skip_window != "all":
+        return None
+    skipping = [o for o in skippable_parameters(root) if getattr(o, "skip_wgrad", False)]
+    return all(getattr(owner, "skip_biases", False) for owner in skipping)
+
+
+def _set_flag(layer: nn.Module, name: str, value: bool | str | None) -> None:
+    # Off is the class's own value: what torch.compile traced before the first window still fits.
+    layer.__dict__.pop(name, None)
+    if value or getattr(layer, name, value):
+        layer.__dict__[name] = value
+
+
+def clear_state(layer: nn.Module) -> None:
+    for name in STATE:
+        layer.__dict__.pop(name, None)
+
+
+def is_skipping(model: nn.Module) -> bool:
+    """Whether any layer of ``model`` skips in the next forward pass.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module``.
+        ValueError: if ``model`` has no layer that can skip.
+    """
+    _check_skips(model)
+    return any(getattr(owner, "skip_wgrad", False) for owner in skippable_parameters(unwrap(model)))
+
+
+@contextmanager
+def skip_weight_updates(
+    model: Model, *, layers: Layers | None = None, skip_biases: bool = False
+) -> Iterator[Model]:
+    """Forward and backward inside are a skip step; afterwards the model is as it was before.
+
+    Args:
+        model, layers, skip_biases: as for :func:`set_skip`.
+
+    Raises:
+        TypeError, ValueError: as :func:`set_skip`.
+
+    Example:
+        >>> model = wus_ext.convert(torch.nn.Linear(3, 2))
+        >>> with wus_ext.skip_weight_updates(model):
+        ...     model(torch.randn(4, 3)).mean().backward()
+        >>> model.weight.grad is None, model.bias.grad is None
+        (True, False)
+
+        Only the gradient of the input:
+
+        >>> x = torch.randn(4, 3, requires_grad=True)
+        >>> model.zero_grad()
+        >>> with wus_ext.skip_weight_updates(model, skip_biases=True):
+        ...     model(x).mean().backward()
+        >>> x.grad.shape, model.bias.grad
+        (torch.Size([4, 3]), None)
+    """
+    check_module(model)
+    before = [
+        (module, {name: module.__dict__[name] for name in STATE if name in module.__dict__})
+        for module in unwrap(model).modules()
+    ]
+    set_skip(model, True, layers=layers, skip_biases=skip_biases)
+    try:
+        yield model
+    finally:
+        for module, state in before:
+            clear_state(module)
+            module.__dict__.update(state)
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if is_script(model):
+        raise TypeError("model: a TorchScript module cannot be converted; convert it before jit")
+
+
+def is_script(module: nn.Module) -> bool:
+    # By name: to import torch.jit's classes warns.
+    return type(module).__module__.startswith("torch.jit")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _check_skips(model: nn.Module) -> None:
+    check_module(model)
+    if not any(isinstance(module, SkipLayer) for module in model.modules()):
+        raise ValueError(
+            f"model: {type(model).__name__} has no layer that can skip; "
+            "call wus_ext.convert(model) first"
+        )

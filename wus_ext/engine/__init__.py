@@ -1,0 +1,1 @@
+"""How a step of a converted model runs."""

@@ -1,0 +1,237 @@
+"""What the fused chains save for backward, and what their backward computes.
+
+Autograd functions over the C++ kernels; images are channels_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from .. import nn as skip_nn
+from .conv.algorithm import Act, Trained, masked
+from .linear import Products
+
+ops = torch.ops.wus
+
+
+def first_order(backward: Callable) -> Callable:
+    """A backward without a derivative of its own says so, whatever was asked to require one."""
+
+    @wraps(backward)
+    def checked(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a fused step has no second derivative (create_graph=True); "
+                "convert the model with fuse=False"
+            )
+        return backward(ctx, grad)
+
+    return checked
+
+
+def dense(grad: Tensor) -> Tensor:
+    """An image's gradient in channels_last."""
+    return grad.contiguous(memory_format=torch.channels_last)
+
+
+def to_save(ctx, input: Tensor, index: int, weight: Tensor | None) -> tuple[Tensor, ...]:
+    """What the weight's gradient needs, where the weight, argument `index`, trains."""
+    return (input, weight) if ctx.needs_input_grad[index] else ()
+
+
+class ConvAct(torch.autograd.Function):
+    """act(conv(input) + bias); saves the mask, and the input where the weight trains."""
+
+    @staticmethod
+    def forward(ctx, input, bias, weight, algorithm, act):
+        output, mask = algorithm.forward(input, bias, act)
+        ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
+        ctx.algorithm, ctx.act = algorithm, act
+        return output
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        mask, *trained = ctx.saved_tensors
+        need_input, need_bias = ctx.needs_input_grad[:2]
+        grad_input, grad_bias, grad_weight = ctx.algorithm.backward(
+            dense(grad),
+            mask,
+            ctx.act,
+            need_input,
+            need_bias,
+            Trained(*trained) if trained else None,
+        )
+        return grad_input, grad_bias if need_bias else None, grad_weight, None, None
+
+
+class ConvAddAct(torch.autograd.Function):
+    """act(conv(input) + bias + residual); saves the mask, and the input where the weight trains."""
+
+    @staticmethod
+    def forward(ctx, input, bias, weight, residual, algorithm, act):
+        output, mask = algorithm.forward_add(input, bias, residual, act)
+        ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
+        ctx.algorithm, ctx.act = algorithm, act
+        return output
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        mask, *trained = ctx.saved_tensors
+        need_input, need_bias, need_weight, need_residual = ctx.needs_input_grad[:4]
+        algorithm = ctx.algorithm
+        size = tuple(grad.shape[2:])
+        need_grad = need_input or need_weight or need_residual
+        grad, grad_bias = masked(dense(grad), mask, ctx.act, size, need_grad, need_bias)
+        return (
+            algorithm.dgrad(grad) if need_input else None,
+            grad_bias if need_bias else None,
+            algorithm.wgrad(grad, Trained(*trained)) if need_weight else None,
+            grad if need_residual else None,
+            None,
+            None,
+        )
+
+
+class ConvNormAct(torch.autograd.Function):
+    """act(batch_norm(conv(input) + bias) + residual) with batch statistics.
+
+    Saves the mask; the convolution's output, which the statistics' gradient needs, where the
+    gradient goes on to the input, the weight or gamma; and the input where the weight trains. A
+    bias in front of batch statistics has no influence: its gradient is exactly zero.
+    """
+
+    @staticmethod
+    def forward(ctx, input, bias, weight, gamma, beta, residual, algorithm, norm, act):
+        z, mean, var = algorithm.forward_stats(input, bias)
+        count = z.numel() // z.size(1)
+        momentum = skip_nn.count_batch(norm)
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            ops.batch_norm_update_running(
+                norm.running_mean, norm.running_var, mean, var, momentum, count
+            )
+        scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
+        output, mask = ops.batch_norm_apply(z, scale, shift, residual, int(act))
+        mask = None if act == Act.NONE else mask
+        need_input, _, need_weight, need_gamma = ctx.needs_input_grad[:4]
+        kept = (z, mean, invstd, gamma) if need_input or need_weight or need_gamma else ()
+        ctx.save_for_backward(mask, *kept, *to_save(ctx, input, 2, weight))
+        ctx.algorithm, ctx.act, ctx.count = algorithm, act, count
+        ctx.size = tuple(z.shape[2:])
+        return output
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        mask, *kept = ctx.saved_tensors
+        need_input, need_bias, need_weight, need_gamma, need_beta, need_residual = (
+            ctx.needs_input_grad[:6]
+        )
+        act, algorithm = ctx.act, ctx.algorithm
+        grad = dense(grad)
+        grad_bias = grad.new_zeros(grad.size(1)) if need_bias else None
+        if not kept:
+            grad, grad_beta = masked(grad, mask, act, ctx.size, need_residual, need_beta)
+            grad_beta = grad_beta if need_beta else None
+            grad_residual = grad if need_residual else None
+            return None, grad_bias, None, None, grad_beta, grad_residual, None, None, None
+        z, mean, invstd, gamma, *trained = kept
+        sums = ops.batch_norm_grad_sums(grad, z, mean, mask, act=int(act))
+        *coefficients, grad_beta, grad_gamma = ops.batch_norm_grad_coefficients(
+            *sums, mean, invstd, gamma, ctx.count
+        )
+        grad_input = grad_weight = grad_residual = None
+        if need_input or need_weight or need_residual:
+            grad_input, grad_residual, grad_weight = algorithm.backward_norm(
+                grad,
+                z,
+                coefficients,
+                mask,
+                act,
+                need_input,
+                need_residual,
+                Trained(*trained) if trained else None,
+            )
+        return (
+            grad_input,
+            grad_bias,
+            grad_weight,
+            grad_gamma if need_gamma else None,
+            grad_beta if need_beta else None,
+            grad_residual if need_residual else None,
+            None,
+            None,
+            None,
+        )
+
+
+class LinearAct(torch.autograd.Function):
+    """dropout(relu(linear(input))); saves one bit an element, and the input for the weight."""
+
+    @staticmethod
+    def forward(ctx, input, bias, weight, product, relu, p):
+        output, mask = linear_forward(product, input, bias, relu, p)
+        ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
+        ctx.product, ctx.p = product, p
+        return output
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        mask, *trained = ctx.saved_tensors
+        need_input, need_bias, need_weight = ctx.needs_input_grad[:3]
+        need_grad = need_input or need_weight
+        grad, grad_bias = linear_masked(grad, mask, ctx.p, need_grad, need_bias)
+        return (
+            ctx.product.dgrad(grad) if need_input else None,
+            grad_bias if need_bias else None,
+            ctx.product.wgrad(grad, trained[0]) if need_weight else None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_forward(
+    product: Products, input: Tensor, bias: Tensor | None, relu: bool, p: float
+) -> tuple[Tensor, Tensor | None]:
+    """dropout(relu(product + bias)), and its mask."""
+    output = product.forward(input, bias)
+    if not relu:
+        return output, None
+    return ops.relu_dropout_mask(output, p) if p > 0.0 else ops.relu_mask_(output)
+
+
+def linear_masked(
+    grad: Tensor, mask: Tensor | None, p: float, need_grad: bool, need_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient in front of dropout and ReLU, and the bias's."""
+    grad = grad.contiguous()
+    if p > 0.0:
+        grad, mask = ops.apply_mask(grad, mask, 1.0 / (1.0 - p)), None
+    if mask is None and not need_bias:
+        return grad, None
+    masked_grad, grad_bias = ops.mask_bias_grad(grad, mask, mask is not None and need_grad)
+    return (grad if mask is None else masked_grad), grad_bias
+
+
+class Dropout(torch.autograd.Function):
+    """Dropout that saves one bit an element; on the CPU the same random numbers as stock's."""
+
+    @staticmethod
+    def forward(ctx, input, p):
+        output, mask = ops.dropout_mask(input, p)
+        ctx.save_for_backward(mask)
+        ctx.p = p
+        return output
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return ops.apply_mask(grad, mask, 1.0 / (1.0 - ctx.p)), None

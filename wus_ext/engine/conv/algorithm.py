@@ -1,0 +1,277 @@
+"""Convolutions on weights prepared beforehand: forward, data gradient and weight gradient.
+
+An algorithm is made for one layer, one input size and the weights as they are, holds them in the
+form it needs, and is shared by the chains of :mod:`wus_ext.engine.chains`. All take and give
+tensors in channels_last; on the CPU in float32, on a GPU in the chain's type, where biases and
+their gradients may be float32 all the same.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..support import Unchanged
+from .geometry import Geometry
+
+ops = torch.ops.wus
+aten = torch.ops.aten
+
+
+class Act(IntEnum):
+    """What follows a convolution, and what of it is saved for backward."""
+
+    NONE = 0  # nothing
+    RELU = 1  # ReLU; one bit an element
+    RELU_POOL = 2  # ReLU and 2x2 max-pool; one byte an output
+
+
+class Trained(NamedTuple):
+    """What the gradient of a weight is made from, besides the output's gradient."""
+
+    input: Tensor
+    weight: Tensor
+
+
+class Algorithm(ABC):
+    """A convolution on given weights, and what surrounds it in a chain.
+
+    Where backward is handed what trains the weight, it gives the weight's gradient too.
+    """
+
+    geometry: Geometry
+
+    @abstractmethod
+    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        """act(conv(input) + bias), and the mask or codes that backward needs."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_bias: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, bias and weight."""
+
+    @abstractmethod
+    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """conv(input) + bias, and each channel's mean and biased variance."""
+
+    @abstractmethod
+    def dgrad(self, grad: Tensor) -> Tensor:
+        """The gradient of the input."""
+
+    @abstractmethod
+    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
+        """The gradient of the weight."""
+
+    @abstractmethod
+    def backward_norm(
+        self,
+        grad: Tensor,
+        z: Tensor,
+        coefficients: tuple,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_residual: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the input, of what was added before ``act``, and of the weight.
+
+        They go through an activation and a normalisation of ``z``.
+        """
+
+    def forward_add(
+        self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
+    ) -> tuple[Tensor, Tensor | None]:
+        """act(conv(input) + bias + residual); the activation is none or ReLU."""
+        output, _ = self.forward(input, bias, Act.NONE)
+        if act == Act.RELU:
+            return ops.add_relu_mask(output, residual)
+        output += residual
+        return output, None
+
+
+class Unfused(Algorithm):
+    """A convolution and element-wise kernels that save masks; subclasses give the convolution."""
+
+    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        output = self._convolve(input, bias)
+        if act == Act.RELU:
+            return ops.relu_mask_(output)
+        if act == Act.RELU_POOL:
+            return ops.relu_max_pool(output)
+        return output, None
+
+    def backward(
+        self,
+        grad: Tensor,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_bias: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        need_grad = need_input or trained is not None
+        grad, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_grad, need_bias)
+        grad_input, grad_weight = self._gradients(grad, need_input, trained)
+        return grad_input, grad_bias, grad_weight
+
+    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        output = self._convolve(input, bias)
+        mean, var = ops.batch_norm_stats(output)
+        return output, mean, var
+
+    def backward_norm(
+        self,
+        grad: Tensor,
+        z: Tensor,
+        coefficients: tuple,
+        mask: Tensor | None,
+        act: Act,
+        need_input: bool,
+        need_residual: bool,
+        trained: Trained | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        relu = act == Act.RELU
+        if not need_input and trained is None:
+            return None, ops.apply_mask(grad, mask) if relu else grad, None
+        grad_z, grad_residual = ops.batch_norm_grad_input(
+            grad, z, *coefficients, mask, act=int(act), need_grad_residual=relu and need_residual
+        )
+        grad_input, grad_weight = self._gradients(grad_z, need_input, trained)
+        return grad_input, grad_residual if relu else grad, grad_weight
+
+    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
+        g, (input, weight) = self.geometry, trained
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return aten.convolution_backward(
+            grad,
+            input,
+            weight,
+            None,
+            g.stride,
+            g.padding,
+            g.dilation,
+            False,
+            [0, 0],
+            g.groups,
+            [False, True, False],
+        )[1]
+
+    def _gradients(
+        self, grad: Tensor | None, need_input: bool, trained: Trained | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            self.dgrad(grad) if need_input else None,
+            None if trained is None else self.wgrad(grad, trained),
+        )
+
+    @abstractmethod
+    def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution, alone."""
+
+
+class Direct(Unfused):
+    """The library's own convolution: oneDNN's, cuDNN's."""
+
+    def __init__(self, geometry: Geometry, weight: Tensor) -> None:
+        self.geometry = geometry
+        self.weight = weight
+        self._unchanged = Unchanged(weight)
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        g, weight = self.geometry, self._unchanged()
+        left_over = [
+            g.input_size[i]
+            - (g.output_size[i] - 1) * g.stride[i]
+            + 2 * g.padding[i]
+            - g.dilation[i] * (weight.size(i + 2) - 1)
+            - 1
+            for i in range(2)
+        ]
+        return aten.convolution(
+            grad, weight, None, g.stride, g.padding, g.dilation, True, left_over, g.groups
+        )
+
+    def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        output = aten.conv2d(input, self.weight, bias, g.stride, g.padding, g.dilation, g.groups)
+        # With one channel in, input and weight are of both layouts, and oneDNN chooses the other.
+        return output.contiguous(memory_format=torch.channels_last)
+
+
+class OnGpu(Direct):
+    """cuDNN's convolution without its bias; one pass of ours adds the bias and all that follows.
+
+    The bias may be float32 behind a convolution in low precision, so that it is never cast.
+    """
+
+    def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        if bias is None:
+            return super().forward(input, None, act)
+        return self._shift(self._convolve(input, None), bias, None, act)
+
+    def forward_add(
+        self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
+    ) -> tuple[Tensor, Tensor | None]:
+        if bias is None:
+            return super().forward_add(input, None, residual, act)
+        return self._shift(self._convolve(input, None), bias, residual, act)
+
+    def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward_stats(input, None if bias is None else bias.to(input.dtype))
+
+    @staticmethod
+    def _shift(
+        output: Tensor, bias: Tensor, residual: Tensor | None, act: Act
+    ) -> tuple[Tensor, Tensor | None]:
+        output, mask = ops.batch_norm_apply(output, None, bias.float(), residual, int(act))
+        return output, (None if act == Act.NONE else mask)
+
+
+class Strided(Unfused):
+    """3x3 with stride 2 or 1x1 with any stride, on weights that were packed before."""
+
+    def __init__(
+        self, conv: nn.Conv2d, geometry: Geometry, packed: Tensor, rotated: Tensor | None
+    ) -> None:
+        self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
+        self.geometry = geometry
+        self.window = conv.kernel_size, geometry.stride, geometry.padding
+        self.packed = packed
+        self.rotated = rotated
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        size = self.geometry.input_size
+        return ops.strided_dgrad(grad, self.rotated, self.in_channels, size, *self.window)
+
+    def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.strided_forward(input, self.packed, bias, self.out_channels, *self.window)
+
+
+def masked(
+    grad: Tensor,
+    mask: Tensor | None,
+    act: Act,
+    output_size: tuple[int, int],
+    need_grad: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient in front of an activation, and its sum over all but the channels."""
+    if not (need_grad or need_bias):
+        return None, None
+    if act == Act.RELU_POOL:
+        return ops.max_pool_bias_grad(grad, mask, output_size, need_grad)
+    if act == Act.NONE:
+        return grad, (ops.mask_bias_grad(grad, None, False)[1] if need_bias else None)
+    return ops.mask_bias_grad(grad, mask, need_grad)

@@ -1,0 +1,1 @@
+"""What libraries for GPUs do beside our kernels: off by default."""

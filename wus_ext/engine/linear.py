@@ -1,0 +1,114 @@
+"""Linear layers' products: with a weight that stands still, and with one that trains."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._build import build_info
+from .gradient_memory import gradient_memory
+from .packed_weights import PackedWeights
+from .support import Unchanged, is_batched, on_gpu
+
+__all__ = ["Products"]
+
+ops = torch.ops.wus
+
+#: Below this many values per weight torch's own products are as fast.
+LARGE = 1 << 18
+#: Batches for which a product in blocks of the weight was measured to be faster than torch's.
+BLOCK_BATCHES = range(32, 257)
+VECTORS = build_info()["cpu_capability"] != "generic"
+
+
+class Products:
+    """x @ weight.T, grad @ weight and grad.T @ x of one step of a linear layer.
+
+    Args:
+        weight: the layer's, detached, or a copy in another type.
+        packed: the weight as oneDNN packed it, for the first product and for the second, or
+            nothing.
+        linear: the layer, where its weight trains.
+    """
+
+    def __init__(
+        self, weight: Tensor, packed: tuple[Tensor, ...] = (), linear: nn.Linear | None = None
+    ) -> None:
+        self.weight = weight
+        self.packed = packed
+        self.linear = linear
+        self._unchanged = Unchanged(weight)
+
+    @classmethod
+    def training(cls, linear: nn.Linear) -> Products:
+        """Of a step after which the weight changes."""
+        return cls(linear.weight.detach(), linear=linear)
+
+    @classmethod
+    def frozen(
+        cls, linear: nn.Linear, input: Tensor, packed: PackedWeights, backward: bool
+    ) -> Products:
+        """Of a step in a skip window, whose weight is packed once where that pays."""
+        weight = linear.weight.detach()
+        if weight.dtype != input.dtype:
+            key = (linear, "cast", input.dtype)
+            return cls(packed.get(key, (linear.weight,), lambda: weight.to(input.dtype)))
+        keys = [(linear, direction) for direction in ("forward", "dgrad")]
+        if (
+            on_gpu(weight)
+            or weight.numel() < LARGE
+            or not torch.backends.mkldnn.enabled
+            or not torch.backends.mkldnn.is_available()
+            or not packed.fits(keys, lambda: 2 * weight.nbytes)
+        ):
+            return cls(weight)
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        rows, sources = input.size(0), (linear.weight,)
+        copies = [packed.get(keys[0], sources, lambda: reorder(weight.contiguous(), rows))]
+        if backward:
+            copies.append(
+                packed.get(keys[1], sources, lambda: reorder(weight.t().contiguous(), rows))
+            )
+        return cls(weight, tuple(copies))
+
+    def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """input @ weight.T + bias."""
+        if self.packed:
+            return _packed_product(input, self.packed[0], bias)
+        bias = None if bias is None else bias.to(input.dtype)
+        if suits_blocks(input, self.weight):
+            return ops.linear_forward(input, self.weight, bias)
+        return F.linear(input, self.weight, bias)
+
+    def dgrad(self, grad: Tensor) -> Tensor:
+        """The input's gradient."""
+        if self.packed:
+            return _packed_product(grad, self.packed[1], None)
+        weight = self._unchanged()
+        return ops.linear_dgrad(grad, weight) if suits_blocks(grad, weight) else grad @ weight
+
+    def wgrad(self, grad: Tensor, input: Tensor) -> Tensor:
+        """The weight's gradient."""
+        if is_batched(grad):
+            return grad.t() @ input
+        size = (grad.size(1), input.size(1))
+        return torch.mm(grad.t(), input, out=gradient_memory(self.linear, grad, size))
+
+
+def suits_blocks(input: Tensor, weight: Tensor) -> bool:
+    """Whether a product with a weight as it is is better done by the kernels of this package."""
+    return (
+        VECTORS
+        and weight.device.type == "cpu"
+        and input.dtype == weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and weight.numel() >= LARGE
+        and len(input) in BLOCK_BATCHES
+        and not is_batched(input)
+    )
+
+
+def _packed_product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    return pointwise(input.contiguous(), packed, bias, "none", [], "")

@@ -1,0 +1,92 @@
+"""Which tensors the fused kernels take, in which type, and where they must not run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._build import build_info
+
+#: Types of the fused kernels' tensors, by device.
+TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
+if build_info()["cuda"] is not None:
+    TYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the kernels for GPUs, and the algorithms that suit those, are to be used."""
+    return tensor.device.type == "cuda"
+
+
+def tf32_products() -> bool:
+    """Whether matrix products in float32 may be rounded to TF32 on a GPU."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tf32_convolutions() -> bool:
+    """Whether convolutions in float32 may be rounded to TF32 on a GPU."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether the fused kernels take a tensor as it is."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype in TYPES.get(tensor.device.type, ())
+        and tensor.layout == torch.strided
+        and tensor.numel() > 0
+    )
+
+
+def fused_dtype(input: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
+    """The type in which a fused chain runs on `input`, or None where it cannot.
+
+    That is the type of all tensors; under autocast, which casts them, autocast's.
+    """
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+    if not takes(input) or dtype not in TYPES[device]:
+        return None
+    for parameter in parameters:
+        if parameter is not None and not (
+            takes(parameter)
+            and parameter.device == input.device
+            and (autocast or parameter.dtype == dtype)
+        ):
+            return None
+    return dtype
+
+
+def in_a_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation runs, which fused chains do not know."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several, as in a backward pass of a batch of gradients."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or in_a_transform()
+
+
+def version(tensor: Tensor) -> int | None:
+    """A tensor's version, which operations in place raise; None in inference mode."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class Unchanged:
+    """A weight used as it is, which backward must find as forward left it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._version = version(weight)
+
+    def __call__(self) -> Tensor:
+        if version(self._weight) != self._version:
+            raise RuntimeError(
+                f"a weight of shape {list(self._weight.shape)} that backward needs was modified by "
+                "an inplace operation after the forward pass"
+            )
+        return self._weight
