@@ -52,7 +52,7 @@ sanitize: setup ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 	WUS_SANITIZE=1 FORCE_CPU=1 $(BIN)/python setup.py -q build --build-base build/sanitized --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	  WUS_SANITIZE=1 $(BIN)/pytest -q -p wus_ext -p no:cacheprovider tests/cpu tests/cuda tests/program tests/test_gradients.py $(PYTEST_ARGS)
+	  WUS_SANITIZE=1 $(BIN)/pytest -q -p wus_ext -p no:cacheprovider tests/cpu tests/cuda tests/engine tests/engine $(PYTEST_ARGS)
 
 cuda-toolkit: $(VENV)/.packages ## pip's CUDA compiler, of the version that torch was built with, and cudnn-frontend's headers
 	$(BIN)/python -c 'from importlib.metadata import version; print("cuda-toolkit[nvcc,cccl,cudart]==" + version("cuda-toolkit"))' | xargs $(BIN)/pip install --quiet

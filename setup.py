@@ -139,7 +139,7 @@ def extension():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    patterns = ["ops.cpp", "autograd/*.cpp", "cpu/**/*.cpp"]
+    patterns = ["ops.cpp", "autograd/*.cpp", "deferral/*.cpp", "cpu/**/*.cpp"]
     flags = {"cxx": list(CXX_FLAGS)}
     options = {}
     graphs = None

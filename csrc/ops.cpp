@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/simd/dispatch.h"
+#include "deferral/bindings.h"
 
 TORCH_LIBRARY(wus, m) {
   m.def(
@@ -32,8 +33,8 @@ TORCH_LIBRARY(wus, m) {
       "dropout_mask(Tensor input, float p=0.5, Generator? generator=None) -> "
       "(Tensor output, Tensor mask)");
   m.def(
-      "relu_dropout_mask(Tensor input, float p=0.5, Generator? generator=None) -> "
-      "(Tensor output, Tensor mask)");
+      "relu_dropout_mask(Tensor input, float p=0.5, Generator? generator=None, *, "
+      "Tensor? noise=None) -> (Tensor output, Tensor mask)");
   m.def("apply_mask(Tensor grad_output, Tensor mask, float scale=1) -> Tensor");
 
   // Linear layers with ReLU by cuBLASLt's epilogues, on GPUs (see cuda/epilogue/lt_matmul.h). aux: one bit
@@ -169,4 +170,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled half of wus_ext; importing it registers torch.ops.wus.";
   m.def("build_info", &build_info);
+  wus::deferral::bind(m);
 }

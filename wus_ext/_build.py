@@ -37,6 +37,9 @@ def _load() -> Any:
 
 _C = _load()
 
+#: Sessions in which layers defer: csrc/deferral.
+deferral = _C.deferral
+
 
 def build_info() -> dict[str, Any]:
     """What this installation was built for and runs on.

@@ -8,12 +8,42 @@ unless ``skip_biases`` makes it a constant too.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import functional
+from ._build import deferral
+
+
+class _Inside(threading.local):
+    """Whether this thread runs a converted model's code, which reads constants in a skip step.
+
+    Outside, in a training loop for one, parameters are themselves.
+    """
+
+    active: bool = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        before, self.active = self.active, True
+        try:
+            yield
+        finally:
+            self.active = before
+
+
+inside = _Inside()
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name trains in a skip step: ``bias``, ``in_proj_bias``, ..."""
+    return "bias" in name.rsplit(".", 1)[-1].split("_")
 
 
 class SkipLayer:
@@ -24,10 +54,18 @@ class SkipLayer:
     #: With ``skip_wgrad``: the bias gets no gradient either.
     skip_biases: bool = False
 
-
-def is_bias(name: str) -> bool:
-    """Whether a parameter of this name trains in a skip step: ``bias``, ``in_proj_bias``, ..."""
-    return "bias" in name.rsplit(".", 1)[-1].split("_")
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if (
+            self.skip_wgrad
+            and name in self._parameters
+            and not torch.compiler.is_compiling()
+            and inside.active
+            and value is not None
+            and (self.skip_biases or not is_bias(name))
+        ):
+            return value.detach()
+        return value
 
 
 class DropIn(SkipLayer):
@@ -47,6 +85,10 @@ class DropIn(SkipLayer):
 
 class _Conv(DropIn):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if len(self.stride) == 2 and (engine := engine_of_call(self)) is not None:
+            output = engine.convolve(self, input)
+            if output is not None:
+                return output
         if not self.skip_wgrad:
             return super()._conv_forward(input, weight, bias)
         padding = self.padding
@@ -58,6 +100,16 @@ class _Conv(DropIn):
         return convolve(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, skip_wgrad=True
         )
+
+
+def engine_of_call(layer: nn.Module) -> Any | None:
+    """The engine of the forward pass that this thread is in, if the layer may defer in it.
+
+    A forward hook may do to the layer what torch does not see: free its weight, for one.
+    """
+    if torch.compiler.is_compiling() or layer._forward_hooks:
+        return None
+    return deferral.engine()
 
 
 class Conv1d(_Conv, nn.Conv1d):
@@ -125,6 +177,10 @@ class Linear(DropIn, nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if (engine := engine_of_call(self)) is not None:
+            output = engine.multiply(self, input)
+            if output is not None:
+                return output
         if not self.skip_wgrad:
             return super().forward(input)
         return functional.linear(input, self.weight, self._constant(self.bias), skip_wgrad=True)
@@ -153,6 +209,10 @@ class _BatchNorm(DropIn):
     frozen_statistics: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and deferral.is_deferred(input):
+            output = self._append(input)
+            if output is not None:
+                return output
         if not self.skip_wgrad:
             return super().forward(input)
         self._check_input_dim(input)
@@ -170,6 +230,32 @@ class _BatchNorm(DropIn):
             momentum,
             self.eps,
         )
+
+    def _append(self, input: Tensor) -> Tensor | None:
+        """Joined to the layer's call that makes `input`, if it can be."""
+        batch = uses_batch_statistics(self)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 0.0
+            if self.training and self.track_running_stats:
+                momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)
+        given = not self.training or self.track_running_stats
+        parameters, buffers = self._parameters, self._buffers
+        output = deferral.append_norm(
+            input,
+            parameters["weight"],
+            self._constant(parameters["bias"]),
+            buffers["running_mean"] if given else None,
+            buffers["running_var"] if given else None,
+            buffers["num_batches_tracked"],
+            self.skip_wgrad,
+            batch,
+            momentum,
+            self.eps,
+        )
+        if output is not None and batch:
+            count_batch(self)
+        return output
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -215,6 +301,15 @@ class RMSNorm(DropIn, nn.RMSNorm):
             return super().forward(input)
         return F.rms_norm(input, self.normalized_shape, self.weight.detach(), self.eps)
 
+
+#: Layers whose scale is trained or skipped with ``skip_gamma``.
+NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.CrossMapLRN2d,
+)
 
 #: Stock class -> drop-in class.
 DROP_INS: dict[type[nn.Module], type[nn.Module]] = {

@@ -14,7 +14,7 @@ from wus_ext.engine import linear as products
 from wus_ext.engine.conv import algorithm as algorithms
 from wus_ext.engine.conv import choice
 
-from ..program.chains import CHAINS, frozen
+from ..engine.chains import CHAINS, frozen
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NORMLESS = [name for name in CHAINS if "norm" not in name and name not in (
@@ -173,12 +173,17 @@ def test_low_precision_weights_are_made_once_a_window(chains):
     model = stock_model("conv_relu").requires_grad_(True).to(chains.device)
     wus_ext.set_skip(wus_ext.convert(model), True)
     x = chains(torch.randn(2, 3, 8, 8))
-    packed = model._skip_programs.packed
+    packed = model._skip_engine.packed
+
+    def copies():
+        return [copy.tensor for own in packed._layers.values() for copy in own.values()]
+
     with torch.autocast(chains.device, dtype=torch.bfloat16):
         model(x)
-        first = {key: copy.tensor.data_ptr() for key, copy in packed._copies.items()}
+        first = [tensor.data_ptr() for tensor in copies()]
         model(x)
-    assert first == {key: copy.tensor.data_ptr() for key, copy in packed._copies.items()}
-    assert {copy.tensor.dtype for copy in packed._copies.values()} == {torch.bfloat16}
+    assert first
+    assert first == [tensor.data_ptr() for tensor in copies()]
+    assert {tensor.dtype for tensor in copies()} == {torch.bfloat16}
     wus_ext.set_skip(model, False)
     assert wus_ext.packed_bytes(model) == 0

@@ -60,7 +60,7 @@ def test_fused_full_steps_train_as_stock_ones(settings):
     for theirs, mine in zip(baseline.run(), fused.run(), strict=True):
         assert not mine["skipped"]
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-    assert fused.model._skip_programs.options.full == "fused"
+    assert fused.model._skip_engine.options.full == "fused"
     torch.testing.assert_close(weights(fused), weights(baseline), rtol=1e-4, atol=1e-5)
 
 

@@ -17,20 +17,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..distributed.ddp import make_skip_aware, make_stock, set_wrappers
+from ..distributed.ddp import adopt_wrapper, make_skip_aware, make_stock, set_wrappers
+from ..engine.engine import Engine
 from ..engine.gradient_memory import release
 from ..engine.options import SkipOptions
-from ..engine.program import ProgramCache
-from ..nn import DROP_INS, SkipLayer, is_bias
-from .modules import (
-    NORMS,
-    SkipModel,
-    SkipModule,
-    injected,
-    is_parametrized_bias,
-    skippable_parameters,
-    stock_class,
-)
+from ..nn import DROP_INS, NORMS, SkipLayer
+from .modules import SkipModel, SkipModule, injected, stock_class
+from .parameters import skippable_parameters
 from .windows import (
     check_module,
     clear_state,
@@ -124,18 +117,15 @@ tensor (8 values) trains
                 "before convert"
             )
     joins = window_of_all(root)
-    for path, module in root.named_modules():
-        _convert_one(module, path, skip_gamma)
-    inner = isinstance(root, SkipModule) and not isinstance(root, SkipModel)
-    if inner or not isinstance(root, SkipLayer):
-        root.__class__ = injected(SkipModel, stock_class(type(root)))
+    _change_classes(root)
     for module in root.modules():
         if isinstance(module, SkipModule):
             module.skip_gamma = skip_gamma
         if isinstance(module, NORMS) and isinstance(module, SkipLayer):
             module.frozen_statistics = norm == "frozen"
     if isinstance(root, SkipModel):
-        root._skip_programs = ProgramCache(options)
+        root._skip_engine = Engine(options)
+        root._before_step = adopt_wrapper
     if joins is not None:  # layers that were added in a window of all layers join it
         set_skip(root, True, skip_biases=joins)
     else:
@@ -145,25 +135,35 @@ tensor (8 values) trains
     return model
 
 
-def _convert_one(module: nn.Module, path: str, skip_gamma: bool) -> None:
-    stock = stock_class(type(module))
-    if isinstance(module, NORMS) and not skip_gamma:
-        clear_state(module)
-        module.__class__ = stock
-    elif stock in DROP_INS:
-        module.__class__ = DROP_INS[stock]
-    elif not isinstance(module, SkipLayer) and _runs_on_weights(module, path):
-        module.__class__ = injected(SkipModule, stock)
+def _change_classes(root: nn.Module) -> None:
+    """Gives every module its class: of all, or where one cannot have it, of none."""
+    new = [(module, _converted_class(module, module is root)) for module in root.modules()]
+    before = [(module, type(module)) for module in root.modules()]
+    try:
+        for module, cls in new:
+            module.__class__ = cls
+    except TypeError as error:
+        for module, cls in before:
+            module.__class__ = cls
+        raise TypeError(
+            f"model: the class {type(module).__name__!r} of one of its modules cannot be given a "
+            f"subclass at run time ({error}); nothing was converted"
+        ) from error
 
 
-def _runs_on_weights(module: nn.Module, path: str) -> bool:
-    """Whether a call of `module` itself, not of the root, must detach weights of its own."""
-    return (
-        not is_script(module)
-        and type(module).forward is not nn.Module.forward  # a ParameterList has none
-        and not is_parametrized_bias(path)
-        and any(not is_bias(name) for name in module._parameters)
-    )
+def _converted_class(module: nn.Module, is_root: bool) -> type:
+    cls = type(module)
+    stock = stock_class(cls)
+    if stock in DROP_INS:
+        return DROP_INS[stock]
+    if is_script(module):
+        return cls
+    if is_root and not isinstance(module, SkipModel):
+        return injected(SkipModel, stock)
+    if isinstance(module, SkipLayer):
+        return cls
+    has_code = cls.__module__.partition(".")[0] != "torch" or module._forward_hooks
+    return injected(SkipModule, stock) if module._parameters or has_code else cls
 
 
 def revert(model: Model) -> Model:
@@ -193,7 +193,7 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, SkipLayer):
             clear_state(module)
-            for name in ("skip_gamma", "frozen_statistics", "_skip_programs"):
+            for name in ("skip_gamma", "frozen_statistics", "_skip_engine", "_before_step"):
                 module.__dict__.pop(name, None)
             module.__class__ = stock_class(type(module))
     set_wrappers(model, make_stock)
@@ -207,9 +207,9 @@ def packed_bytes(model: nn.Module) -> int:
     also in the first full step, and then kept.
     """
     return sum(
-        module._skip_programs.packed.nbytes()
+        module._skip_engine.packed.nbytes()
         for module in model.modules()
-        if isinstance(module, SkipModel) and module._skip_programs is not None
+        if isinstance(module, SkipModel) and module._skip_engine is not None
     )
 
 

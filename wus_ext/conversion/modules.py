@@ -1,6 +1,7 @@
 """Classes made at run time: a module becomes a subclass of its own class that can skip.
 
-The object stays what it is, as with ``torch.nn.utils.parametrize``; only ``forward`` is new.
+The object stays what it is, as with ``torch.nn.utils.parametrize``, and so does the class's name.
+The module's own ``forward``, and every other method, runs as it stands.
 """
 
 from __future__ import annotations
@@ -13,32 +14,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..engine.program import ProgramCache
-from ..nn import DROP_INS, SkipLayer, is_bias
-
-Skippable = dict[nn.Module, dict[str, bool]]
+from .._build import deferral
+from ..engine.engine import Engine
+from ..nn import DROP_INS, SkipLayer, inside
+from .parameters import swapped
 
 STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
-
-#: Called with a converted model at the start of its forward pass.
-before_step: list[Callable[[nn.Module], None]] = []
-
-NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.CrossMapLRN2d,
-)
 
 
 class SkipModule(SkipLayer):
     """Mixin of a converted module without a drop-in class.
 
-    It runs stock code in a skip step too, with what stands still of it and of the layers inside
-    swapped for detached tensors while ``forward`` runs.
+    Stock code runs in a skip step, too, and reads constants where parameters stand still.
     """
 
     skip_gamma: bool = True
@@ -49,10 +38,13 @@ class SkipModule(SkipLayer):
         """Keeps the class made at run time away from what the user's classes do here."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.skip_window or self.skip_wgrad):
+        if not (self.skip_window or self.skip_wgrad or self._forward_hooks):
             return super().forward(*args, **kwargs)
-        with detached(self):
-            return super().forward(*args, **kwargs)
+        with constants(self):
+            output = super().forward(*args, **kwargs)
+        if self._forward_hooks and not torch.compiler.is_compiling():
+            deferral.settle_all()  # a hook may free weights, as fully_shard's does
+        return output
 
     # The class is made at run time: copy and pickle the class that it was made from.
 
@@ -70,37 +62,41 @@ class SkipModule(SkipLayer):
 
 
 class SkipModel(SkipModule):
-    """Mixin of a converted model's root: runs its own code, or the program made from it."""
+    """Mixin of a converted model's root: lets its layers defer where they may run fused."""
 
     #: None in what a model makes of its own class, a slice of a Sequential for one.
-    _skip_programs: ProgramCache | None = None
+    _skip_engine: Engine | None = None
+    #: Called with the model at the start of its forward pass.
+    _before_step: Callable[[nn.Module], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self._skip_programs
-        if cache is not None and torch.compiler.is_compiling():
+        engine = self._skip_engine
+        if engine is None:
+            return super().forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
             if self.skip_window and _in_stock_wrapper():
                 _notify_uncompiled(self)
             return super().forward(*args, **kwargs)
-        if cache is None:
-            return super().forward(*args, **kwargs)
         _notify(self)
         if not self.skip_window:
-            cache.end_window()
-            if cache.options.full == "stock":
+            engine.end_window()
+            if engine.options.full == "stock":
                 return super().forward(*args, **kwargs)
-        program = None
-        # torch.func.functional_call puts plain tensors in, which a traced program would keep.
-        if all(isinstance(parameter, nn.Parameter) for parameter in self.parameters()):
-            program = cache.program(self, stock_class(type(self)).forward, args, kwargs)
-        if program is None:
+        session = engine.begin()
+        if session is None:
             return super().forward(*args, **kwargs)
-        with detached(self):
-            return program(self, *args)
+        try:
+            output = super().forward(*args, **kwargs)
+        except BaseException:
+            session.abandon()
+            raise
+        session.finish()
+        return output
 
 
-def _notify(model: nn.Module) -> None:
-    for observer in before_step:
-        observer(model)
+def _notify(model: SkipModel) -> None:
+    if model._before_step is not None:
+        model._before_step(model)
 
 
 # torch.compiler.disable would import the compiler here.
@@ -113,24 +109,122 @@ def _in_stock_wrapper() -> bool:
     return wrapper is not None and not hasattr(wrapper, "_trained")
 
 
-_injected_classes: dict[tuple[type, type], type] = {}
+@contextmanager
+def constants(root: SkipModule) -> Iterator[None]:
+    """The code inside reads constants where parameters stand still."""
+    if torch.compiler.is_compiling():  # one thread, and the compiler does not know ours
+        with swapped(root, nn.Module):
+            yield
+        return
+    with inside(), swapped(root, torch.jit.ScriptModule):
+        yield
+
+
+class _FlatWeights:
+    """``_flat_weights`` of a recurrent layer: the same list, or in its code one of constants."""
+
+    def __get__(self, module: nn.RNNBase | None, owner: type) -> Any:
+        if module is None:
+            return self
+        weights = module.__dict__["_flat_weights"]
+        for i, name in enumerate(module.__dict__.get("_flat_weights_names", ())):
+            if name in module._parameters:
+                weights[i] = module._parameters[name]
+        if not (module.skip_wgrad and inside.active):
+            return weights
+        return [getattr(module, name) for name in module._flat_weights_names]
+
+    def __set__(self, module: nn.RNNBase, value: list) -> None:
+        module.__dict__["_flat_weights"] = value
+
+
+_made: dict[tuple[type, type], type] = {}
 
 
 def injected(mixin: type[SkipModule], cls: type) -> type:
-    """The subclass of `cls` whose ``forward`` is the mixin's, under the signature of `cls`."""
-    if (mixin, cls) not in _injected_classes:
+    """The subclass of `cls` under its name whose ``forward`` is the mixin's.
+
+    Raises:
+        TypeError: if Python cannot make one.
+    """
+    if (mixin, cls) not in _made:
 
         @functools.wraps(cls.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return mixin.forward(self, *args, **kwargs)
 
-        namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "forward": forward}
-        made = types.new_class(
-            f"Skip{cls.__name__}", (mixin, cls), exec_body=lambda body: body.update(namespace)
-        )
-        _injected_classes[mixin, cls] = made
+        namespace = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "forward": forward,
+            **_other_ways_in(cls),
+        }
+        if issubclass(cls, nn.RNNBase):
+            namespace["_flat_weights"] = _FlatWeights()
+        # The stock class first: its memory layout is the object's. In the order in which methods
+        # are looked up the mixin comes first all the same.
+        made = _mixins_first(type(cls))(cls.__name__, (cls, mixin), namespace)
         STOCK[made] = cls
-    return _injected_classes[mixin, cls]
+        _made[mixin, cls] = made
+    return _made[mixin, cls]
+
+
+@functools.cache
+def _mixins_first(metaclass: type) -> type:
+    def mro(cls) -> list[type]:
+        own, *others = metaclass.mro(cls)
+        mixins = [base for base in others if base in (SkipModel, SkipModule, SkipLayer)]
+        made = [base for base in others if issubclass(base, SkipLayer) and base not in mixins]
+        stock = [base for base in others if base not in (*made, *mixins)]
+        return [own, *made, *mixins, *stock]
+
+    return types.new_class(
+        metaclass.__name__, (metaclass,), exec_body=lambda body: body.update(mro=mro)
+    )
+
+
+def adopt_watched(root: nn.Module) -> None:
+    """Gives modules that somebody watches, ``fully_shard`` for one, a class that settles first."""
+    for module in root.modules():
+        if module._forward_hooks and not isinstance(module, SkipLayer):
+            module.__class__ = injected(SkipModule, type(module))
+            module.skip_gamma = getattr(root, "skip_gamma", True)
+
+
+def _other_ways_in(cls: type) -> dict[str, Callable]:
+    """Methods of the user's classes that compute on tensors as ``forward`` does."""
+    methods: dict[str, Callable] = {}
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] == "torch" or not issubclass(base, nn.Module):
+            continue
+        for name, method in vars(base).items():
+            if (
+                isinstance(method, types.FunctionType)
+                and not hasattr(nn.Module, name)
+                and not name.startswith("__")
+            ):
+                methods.setdefault(name, _reading_constants(method))
+    return methods
+
+
+def _reading_constants(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def wrapper(self, *args: Any, **kwargs: Any) -> Any:
+        if (
+            not (self.skip_window or self.skip_wgrad)
+            or inside.active
+            or not any(_holds_tensors(arg) for arg in (*args, *kwargs.values()))
+        ):
+            return method(self, *args, **kwargs)
+        with constants(self):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor | list | tuple | dict)
 
 
 def _mixin(cls: type) -> type[SkipModule]:
@@ -155,89 +249,3 @@ def _restore(mixin: type[SkipModule], make: Any, arguments: tuple) -> nn.Module:
     module = make(*arguments)
     module.__class__ = injected(mixin, type(module))
     return module
-
-
-def adopt_sharded(root: SkipModule) -> None:
-    """Lets each block of ``fully_shard`` detach its parameters itself.
-
-    It gathers them when it is called, so that what the root detached is gone by then.
-    """
-    for module in root.modules():
-        if hasattr(module, "set_reshard_after_backward") and not isinstance(module, SkipLayer):
-            module.__class__ = injected(SkipModule, type(module))
-            module.skip_gamma = root.skip_gamma
-
-
-def is_parametrized_bias(path: str) -> bool:
-    return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
-
-
-def own_parameters(root: SkipModule) -> Iterator[tuple[nn.Module, str, bool]]:
-    """Every parameter of `root` and all inside: (owner, name, whether it counts as a weight).
-
-    Those of drop-in layers too: a model may use a layer's weight without calling the layer.
-    """
-    for path, module in root.named_modules():
-        trains = is_parametrized_bias(path) or (isinstance(module, NORMS) and not root.skip_gamma)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield module, name, not (trains or is_bias(name))
-
-
-def stands_still(owner: nn.Module, is_weight: bool) -> bool:
-    """Whether such a parameter of `owner` is a constant in the next forward pass."""
-    return getattr(owner, "skip_wgrad", False) and (
-        is_weight or getattr(owner, "skip_biases", False)
-    )
-
-
-def skippable_parameters(root: nn.Module) -> Skippable:
-    """Whose parameters can stand still: owner -> {name: whether it counts as a weight}."""
-    owners: Skippable = {}
-    for module in root.modules():
-        if isinstance(module, SkipModule):  # an outer module knows best what is inside
-            for owner, name, is_weight in own_parameters(module):
-                owners.setdefault(owner, {}).setdefault(name, is_weight)
-        elif isinstance(module, SkipLayer):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    owners.setdefault(module, {}).setdefault(name, not is_bias(name))
-    return owners
-
-
-def skipped_now(model: nn.Module) -> dict[int, nn.Parameter]:
-    """The parameters that no layer trains in the next step, by id; none in a full step."""
-    still, trained = {}, set()
-    for owner, own in skippable_parameters(model).items():
-        for name, is_weight in own.items():
-            parameter = owner._parameters[name]
-            if stands_still(owner, is_weight):
-                still[id(parameter)] = parameter
-            else:
-                trained.add(id(parameter))
-    return {key: parameter for key, parameter in still.items() if key not in trained}
-
-
-@contextmanager
-def detached(root: SkipModule) -> Iterator[None]:
-    """Swaps parameters that stand still for detached ones, which share their storage."""
-    swapped = [
-        (owner, name, owner._parameters[name], owner._parameters[name].detach())
-        for owner, name, is_weight in own_parameters(root)
-        if stands_still(owner, is_weight)
-    ]
-    try:
-        for owner, name, _, constant in swapped:
-            _assign(owner, name, constant)
-        yield
-    finally:
-        for owner, name, parameter, constant in swapped:
-            # fully_shard puts gathered parameters in meanwhile, and may leave them there.
-            if name in owner._parameters and owner._parameters[name] is constant:
-                _assign(owner, name, parameter)
-
-
-def _assign(owner: nn.Module, name: str, value: Any) -> None:
-    owner._parameters[name] = value
-    if isinstance(owner, nn.RNNBase) and name in owner._flat_weights_names:
-        owner._flat_weights[owner._flat_weights_names.index(name)] = value

@@ -15,14 +15,8 @@ from torch import nn
 from ..distributed.ddp import check_parameters, make_skip_aware, set_wrappers, warn_if_unseen
 from ..engine.gradient_memory import release
 from ..nn import SkipLayer
-from .modules import (
-    SkipModel,
-    SkipModule,
-    Skippable,
-    adopt_sharded,
-    skippable_parameters,
-    skipped_now,
-)
+from .modules import SkipModel, SkipModule, adopt_watched
+from .parameters import Skippable, skippable_parameters, skipped_now
 from .selection import Layers, select
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,7 +78,7 @@ def set_skip(
         warn_if_unseen(model)
     root = unwrap(model)
     if skip and isinstance(root, SkipModule):
-        adopt_sharded(root)
+        adopt_watched(root)
     skippable = skippable_parameters(root)
     chosen = set(skippable) if layers is None else select(root, layers, skippable)
     before = skipped_now(root)
@@ -99,8 +93,8 @@ def set_skip(
             parameter.grad = None
     note_windows(root, skippable)
     for module in root.modules():
-        if isinstance(module, SkipModel) and module._skip_programs is not None and not skip:
-            module._skip_programs.end_window(chosen)
+        if isinstance(module, SkipModel) and module._skip_engine is not None and not skip:
+            module._skip_engine.end_window(chosen)
 
 
 def note_windows(root: nn.Module, skippable: Skippable) -> None:

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as StockDDP
 
-from ..conversion import modules as injection
-from ..conversion.modules import skipped_now
+from ..conversion.modules import SkipModel
+from ..conversion.parameters import skipped_now
 from . import processes
 from .averaging import average_gradients
 
@@ -276,7 +276,7 @@ def warn_if_unseen(model: nn.Module) -> None:
     modules = list(model.modules())
     wrapped = any(isinstance(module, StockDDP) for module in modules)
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    converted = any(isinstance(module, injection.SkipModel) for module in modules)
+    converted = any(isinstance(module, SkipModel) for module in modules)
     if processes.count() > 1 and not (wrapped or sharded or converted):
         warnings.warn(
             "set_skip: in several processes switch the DistributedDataParallel wrapper, which "
@@ -292,7 +292,7 @@ def make_stock(ddp: StockDDP) -> None:
             ddp.__class__ = stock
 
 
-def _adopt_wrapper(model: nn.Module) -> None:
+def adopt_wrapper(model: nn.Module) -> None:
     """Makes a stock wrapper skip-aware in the middle of its forward pass.
 
     So a wrapper needs no call of its own: that its model is converted is enough.
@@ -306,9 +306,6 @@ def _adopt_wrapper(model: nn.Module) -> None:
         return  # too late for this join(), which full steps do not mind
     make_skip_aware(ddp)
     ddp._begin_step()
-
-
-injection.before_step.append(_adopt_wrapper)
 
 
 def _differentiable(output: Any) -> Iterator[Tensor]:

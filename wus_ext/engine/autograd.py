@@ -11,36 +11,43 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from .. import nn as skip_nn
 from .conv.algorithm import Act, Trained, masked
 from .linear import Products
+from .support import dense
 
 ops = torch.ops.wus
 
 
 def first_order(backward: Callable) -> Callable:
-    """A backward without a derivative of its own says so, whatever was asked to require one."""
+    """A backward of one gradient without a derivative of its own says so, whatever was asked."""
 
     @wraps(backward)
     def checked(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a fused step has no second derivative (create_graph=True); "
-                "convert the model with fuse=False"
+                "convert the model with fuse=False and full='stock'"
             )
         return backward(ctx, grad)
 
     return checked
 
 
-def dense(grad: Tensor) -> Tensor:
-    """An image's gradient in channels_last."""
-    return grad.contiguous(memory_format=torch.channels_last)
-
-
 def to_save(ctx, input: Tensor, index: int, weight: Tensor | None) -> tuple[Tensor, ...]:
     """What the weight's gradient needs, where the weight, argument `index`, trains."""
     return (input, weight) if ctx.needs_input_grad[index] else ()
+
+
+class Enter(torch.autograd.Function):
+    """An image in channels_last, for a chain whose input's gradient stock gives contiguous."""
+
+    @staticmethod
+    def forward(ctx, input):
+        return input.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous()
 
 
 class ConvAct(torch.autograd.Function):
@@ -110,10 +117,9 @@ class ConvNormAct(torch.autograd.Function):
     def forward(ctx, input, bias, weight, gamma, beta, residual, algorithm, norm, act):
         z, mean, var = algorithm.forward_stats(input, bias)
         count = z.numel() // z.size(1)
-        momentum = skip_nn.count_batch(norm)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        if norm.running_mean is not None:
             ops.batch_norm_update_running(
-                norm.running_mean, norm.running_var, mean, var, momentum, count
+                norm.running_mean, norm.running_var, mean, var, norm.momentum, count
             )
         scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
         output, mask = ops.batch_norm_apply(z, scale, shift, residual, int(act))
@@ -174,8 +180,8 @@ class LinearAct(torch.autograd.Function):
     """dropout(relu(linear(input))); saves one bit an element, and the input for the weight."""
 
     @staticmethod
-    def forward(ctx, input, bias, weight, product, relu, p):
-        output, mask = linear_forward(product, input, bias, relu, p)
+    def forward(ctx, input, bias, weight, product, relu, noise, p):
+        output, mask = linear_forward(product, input, bias, relu, noise, p)
         ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
         ctx.product, ctx.p = product, p
         return output
@@ -194,17 +200,25 @@ class LinearAct(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def linear_forward(
-    product: Products, input: Tensor, bias: Tensor | None, relu: bool, p: float
+    product: Products,
+    input: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    noise: Tensor | None,
+    p: float,
 ) -> tuple[Tensor, Tensor | None]:
     """dropout(relu(product + bias)), and its mask."""
     output = product.forward(input, bias)
     if not relu:
         return output, None
-    return ops.relu_dropout_mask(output, p) if p > 0.0 else ops.relu_mask_(output)
+    return (
+        ops.relu_mask_(output) if noise is None else ops.relu_dropout_mask(output, p, noise=noise)
+    )
 
 
 def linear_masked(

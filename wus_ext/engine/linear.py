@@ -41,35 +41,41 @@ class Products:
         self._unchanged = Unchanged(weight)
 
     @classmethod
-    def training(cls, linear: nn.Linear) -> Products:
-        """Of a step after which the weight changes."""
-        return cls(linear.weight.detach(), linear=linear)
+    def training(cls, linear: nn.Linear, weight: Tensor) -> Products:
+        """Of a step after which the layer's weight changes."""
+        return cls(weight.detach(), linear=linear)
 
     @classmethod
     def frozen(
-        cls, linear: nn.Linear, input: Tensor, packed: PackedWeights, backward: bool
+        cls,
+        linear: nn.Linear,
+        weight: Tensor,
+        input: Tensor,
+        packed: PackedWeights,
+        backward: bool,
     ) -> Products:
         """Of a step in a skip window, whose weight is packed once where that pays."""
-        weight = linear.weight.detach()
+        sources, weight = (weight,), weight.detach()
         if weight.dtype != input.dtype:
-            key = (linear, "cast", input.dtype)
-            return cls(packed.get(key, (linear.weight,), lambda: weight.to(input.dtype)))
-        keys = [(linear, direction) for direction in ("forward", "dgrad")]
+            name = ("cast", input.dtype)
+            return cls(packed.get(linear, name, sources, lambda: weight.to(input.dtype)))
         if (
             on_gpu(weight)
             or weight.numel() < LARGE
             or not torch.backends.mkldnn.enabled
             or not torch.backends.mkldnn.is_available()
-            or not packed.fits(keys, lambda: 2 * weight.nbytes)
+            or not packed.fits(linear, ("forward", "dgrad"), lambda: 2 * weight.nbytes)
         ):
             return cls(weight)
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        rows, sources = input.size(0), (linear.weight,)
-        copies = [packed.get(keys[0], sources, lambda: reorder(weight.contiguous(), rows))]
+        rows = input.size(0)
+
+        def copy(name: str, weight: Tensor) -> Tensor:
+            return packed.get(linear, name, sources, lambda: reorder(weight.contiguous(), rows))
+
+        copies = [copy("forward", weight)]
         if backward:
-            copies.append(
-                packed.get(keys[1], sources, lambda: reorder(weight.t().contiguous(), rows))
-            )
+            copies.append(copy("dgrad", weight.t()))
         return cls(weight, tuple(copies))
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:

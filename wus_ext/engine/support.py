@@ -38,26 +38,6 @@ def takes(tensor: Tensor) -> bool:
     )
 
 
-def fused_dtype(input: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
-    """The type in which a fused chain runs on `input`, or None where it cannot.
-
-    That is the type of all tensors; under autocast, which casts them, autocast's.
-    """
-    device = input.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
-    if not takes(input) or dtype not in TYPES[device]:
-        return None
-    for parameter in parameters:
-        if parameter is not None and not (
-            takes(parameter)
-            and parameter.device == input.device
-            and (autocast or parameter.dtype == dtype)
-        ):
-            return None
-    return dtype
-
-
 def in_a_transform() -> bool:
     """Whether torch.func or forward-mode differentiation runs, which fused chains do not know."""
     return (
@@ -69,6 +49,13 @@ def in_a_transform() -> bool:
 def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor stands for several, as in a backward pass of a batch of gradients."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor) or in_a_transform()
+
+
+def dense(image: Tensor) -> Tensor:
+    """An image, or its gradient, in channels_last."""
+    if is_batched(image):  # the kernels are handed one after the other
+        return image.contiguous()
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def version(tensor: Tensor) -> int | None:

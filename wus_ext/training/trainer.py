@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..conversion.modules import skipped_now
+from ..conversion.parameters import skipped_now
 from ..distributed import processes
 from .config import TrainConfig
 from .data import Data, load_data

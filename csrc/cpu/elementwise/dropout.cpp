@@ -23,9 +23,12 @@ at::Tensor draw_noise(const at::Tensor& input, double p,
 }
 
 std::tuple<at::Tensor, at::Tensor> drop(const at::Tensor& input, double p,
-                                        const std::optional<at::Generator>& generator, bool relu) {
+                                        const std::optional<at::Generator>& generator, bool relu,
+                                        const std::optional<at::Tensor>& drawn = {}) {
   const at::Tensor x = as_rows(input, "input");
-  const at::Tensor noise = as_rows(draw_noise(input, p, generator), "noise");
+  TORCH_CHECK_VALUE(!drawn || drawn->sizes() == input.sizes(), "noise must have the input's shape ",
+                    input.sizes(), ", got ", drawn->sizes());
+  const at::Tensor noise = as_rows(drawn ? *drawn : draw_noise(input, p, generator), "noise");
   const float scale = p == 1 ? 0.f : 1.f / static_cast<float>(1 - p);
   const Rows shape(x);
   at::Tensor output = empty_rows(x);
@@ -49,8 +52,9 @@ std::tuple<at::Tensor, at::Tensor> dropout_mask(const at::Tensor& input, double 
 }
 
 std::tuple<at::Tensor, at::Tensor> relu_dropout_mask(const at::Tensor& input, double p,
-                                                     std::optional<at::Generator> generator) {
-  return drop(input, p, generator, true);
+                                                     std::optional<at::Generator> generator,
+                                                     const std::optional<at::Tensor>& noise) {
+  return drop(input, p, generator, true, noise);
 }
 
 at::Tensor apply_mask(const at::Tensor& grad_output, const at::Tensor& mask, double scale) {

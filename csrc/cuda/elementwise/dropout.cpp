@@ -54,7 +54,9 @@ std::tuple<at::Tensor, at::Tensor> dropout_mask(const at::Tensor& input, double 
 }
 
 std::tuple<at::Tensor, at::Tensor> relu_dropout_mask(const at::Tensor& input, double p,
-                                                     std::optional<at::Generator> generator) {
+                                                     std::optional<at::Generator> generator,
+                                                     const std::optional<at::Tensor>& noise) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!noise, "noise drawn beforehand is for the CPU");
   return drop(input, p, generator, true);
 }
 

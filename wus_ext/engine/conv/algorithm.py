@@ -13,9 +13,9 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..support import Unchanged
+from ..support import Unchanged, dense
 from .geometry import Geometry
 
 ops = torch.ops.wus
@@ -153,7 +153,7 @@ class Unfused(Algorithm):
 
     def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
         g, (input, weight) = self.geometry, trained
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = dense(grad)
         return aten.convolution_backward(
             grad,
             input,
@@ -242,12 +242,10 @@ class OnGpu(Direct):
 class Strided(Unfused):
     """3x3 with stride 2 or 1x1 with any stride, on weights that were packed before."""
 
-    def __init__(
-        self, conv: nn.Conv2d, geometry: Geometry, packed: Tensor, rotated: Tensor | None
-    ) -> None:
-        self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
+    def __init__(self, geometry: Geometry, packed: Tensor, rotated: Tensor | None) -> None:
+        self.out_channels, self.in_channels = geometry.out_channels, geometry.in_channels
         self.geometry = geometry
-        self.window = conv.kernel_size, geometry.stride, geometry.padding
+        self.window = geometry.kernel_size, geometry.stride, geometry.padding
         self.packed = packed
         self.rotated = rotated
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,33 @@ from .algorithm import Algorithm, Direct, OnGpu, Strided
 from .geometry import Geometry, schemes, suits_strided
 from .winograd import Winograd
 
-__all__ = ["choose", "packed_nbytes"]
+__all__ = ["Weight", "choose", "packed_nbytes"]
 
 ops = torch.ops.wus
 
 
+class Weight(NamedTuple):
+    """A layer's weight, or one with a frozen normalisation folded in.
+
+    Attributes:
+        layer: whose it is.
+        own: the layer's, detached.
+        sources: what it is made from; when one changes, so does what is made of it.
+        folded: makes it; None: it is the layer's own.
+    """
+
+    layer: nn.Module
+    own: Tensor
+    sources: tuple[Tensor, ...]
+    folded: Callable[[], Tensor] | None = None
+
+    def __call__(self) -> Tensor:
+        return self.own if self.folded is None else self.folded()
+
+
 def choose(
-    conv: nn.Conv2d,
+    weight: Weight,
     geometry: Geometry,
-    weight: Callable[[], Tensor],
-    sources: tuple[Tensor, ...],
     options: SkipOptions,
     packed: PackedWeights,
     backward: bool = True,
@@ -34,52 +52,44 @@ def choose(
 
     Args:
         dtype: of the input, to which autocast may have cast it.
-        weight: gives the weight, or one with a frozen normalisation folded in.
-        sources: the tensors that `weight` was made from; when one changes, so does the copy.
         backward: whether a data gradient will be asked for.
     """
-    if on_gpu(conv.weight):
-        return OnGpu(geometry, _cast(conv, weight, sources, packed, dtype))
-    for scheme in schemes(conv, geometry, options.algo):
+    if on_gpu(weight.own):
+        return OnGpu(geometry, _cast(weight, packed, dtype))
+    for scheme in schemes(geometry, options.algo):
         pack = partial(ops.winograd_pack, scheme=int(scheme))
         again = partial(ops.winograd_pack_, scheme=int(scheme))
-        key = (conv, scheme)
-        if copies := _packed(packed, key, conv.weight, weight, sources, pack, backward, again):
-            return Winograd(conv, geometry, scheme, *copies)
-    if suits_strided(conv, geometry, options.algo):
-        pack = ops.strided_pack
-        if copies := _packed(packed, (conv, None), conv.weight, weight, sources, pack, backward):
-            return Strided(conv, geometry, *copies)
-    if sources == (conv.weight,):
-        return Direct(geometry, conv.weight.detach())
-    key = (conv, "folded")
-    if packed.fits([key], lambda: conv.weight.nbytes):
-        return Direct(geometry, packed.get(key, sources, weight))
+        if copies := _packed(packed, scheme, weight, pack, backward, again):
+            return Winograd(geometry, scheme, *copies)
+    if suits_strided(geometry, options.algo) and (
+        copies := _packed(packed, "strided", weight, ops.strided_pack, backward)
+    ):
+        return Strided(geometry, *copies)
+    if weight.folded is None:
+        return Direct(geometry, weight.own)
+    if packed.fits(weight.layer, ["folded"], lambda: weight.own.nbytes):
+        return Direct(geometry, packed.get(weight.layer, "folded", weight.sources, weight))
     return Direct(geometry, weight())
 
 
-def _cast(
-    conv: nn.Conv2d,
-    weight: Callable[[], Tensor],
-    sources: tuple[Tensor, ...],
-    packed: PackedWeights,
-    dtype: torch.dtype,
-) -> Tensor:
+def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
     """The weight as cuDNN wants it: of the input's type, channels_last."""
-    own = conv.weight.detach()
-    layout = torch.channels_last
-    if sources == (conv.weight,) and own.dtype == dtype and own.is_contiguous(memory_format=layout):
+    own, layout = weight.own, torch.channels_last
+    if weight.folded is None and own.dtype == dtype and own.is_contiguous(memory_format=layout):
         return own
-    key = (conv, "cast", dtype, len(sources))
-    return packed.get(key, sources, lambda: weight().to(dtype).contiguous(memory_format=layout))
+    name = ("cast", dtype, weight.folded is None)
+    return packed.get(
+        weight.layer,
+        name,
+        weight.sources,
+        lambda: weight().to(dtype).contiguous(memory_format=layout),
+    )
 
 
 def _packed(
     packed: PackedWeights,
-    key: tuple,
-    shaped: Tensor,
-    weight: Callable[[], Tensor],
-    sources: tuple[Tensor, ...],
+    scheme: Hashable,
+    weight: Weight,
     pack: Callable[..., Tensor],
     backward: bool,
     again: Callable[..., Tensor] | None = None,
@@ -88,21 +98,21 @@ def _packed(
 
     `again` packs it where it was packed before, unless a normalisation is folded in.
     """
-    keys = [(*key, len(sources), direction) for direction in ("forward", "dgrad")]
-    if not packed.fits(keys, lambda: packed_nbytes(shaped, pack)):
+    folded = weight.folded is not None
+    names = [(scheme, folded, direction) for direction in ("forward", "dgrad")]
+    if not packed.fits(weight.layer, names, lambda: packed_nbytes(weight.own, pack)):
         return None
 
-    in_place = again is not None and len(sources) == 1
-
-    def copy(key: tuple, dgrad: bool) -> Tensor:
+    def copy(name: Hashable, dgrad: bool) -> Tensor:
         return packed.get(
-            key,
-            sources,
+            weight.layer,
+            name,
+            weight.sources,
             lambda: pack(weight(), dgrad),
-            (lambda old: again(old, weight(), dgrad)) if in_place else None,
+            (lambda old: again(old, weight(), dgrad)) if again and not folded else None,
         )
 
-    return copy(keys[0], False), copy(keys[1], True) if backward else None
+    return copy(names[0], False), copy(names[1], True) if backward else None
 
 
 def packed_nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["Geometry", "Scheme", "schemes", "suits_strided"]
 
@@ -22,6 +23,9 @@ class Scheme(IntEnum):
 class Geometry:
     """A convolution's numbers."""
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
@@ -30,48 +34,66 @@ class Geometry:
     output_size: tuple[int, int]
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, input: Tensor) -> Geometry:
-        size = tuple(input.shape[2:])
+    def of(cls, conv: nn.Conv2d, weight: Sequence[int], input: Sequence[int]) -> Geometry:
+        """Of a layer's call.
+
+        Args:
+            weight: shape [K, C / groups, R, S].
+            input: shape [N, C, H, W].
+        """
+        kernel, size = tuple(weight[2:]), tuple(input[2:])
         output = tuple(
-            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1)
+            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1)
             // conv.stride[i]
             + 1
             for i in range(2)
         )
-        return cls(conv.stride, conv.padding, conv.dilation, conv.groups, size, output)
+        return cls(
+            input[1],
+            weight[0],
+            kernel,
+            tuple(conv.stride),
+            tuple(conv.padding),
+            tuple(conv.dilation),
+            conv.groups,
+            size,
+            output,
+        )
 
 
-def suits_strided(conv: nn.Conv2d, geometry: Geometry, algo: str) -> bool:
+def suits_strided(geometry: Geometry, algo: str) -> bool:
     """Whether a layer's convolution is one that wus::strided_forward does, and does faster."""
-    if algo == "direct" or geometry.groups != 1 or conv.in_channels < 16 or conv.out_channels < 16:
+    g = geometry
+    if algo == "direct" or g.groups != 1 or min(g.in_channels, g.out_channels) < 16:
         return False
-    if conv.kernel_size == (1, 1):
-        return geometry.padding == (0, 0) and max(geometry.stride) > 1
+    if g.kernel_size == (1, 1):
+        return g.padding == (0, 0) and max(g.stride) > 1
     return (
         algo != "f2"  # the polyphase transform rounds as F(4x4, 3x3) does
-        and conv.kernel_size == (3, 3)
-        and geometry.stride == (2, 2)
-        and geometry.padding == (1, 1)
-        and geometry.dilation == (1, 1)
-        and min(geometry.output_size) >= 3
+        and g.kernel_size == (3, 3)
+        and g.stride == (2, 2)
+        and g.padding == (1, 1)
+        and g.dilation == (1, 1)
+        and min(g.output_size) >= 3
     )
 
 
-def schemes(conv: nn.Conv2d, geometry: Geometry, algo: str) -> list[Scheme]:
+def schemes(geometry: Geometry, algo: str) -> list[Scheme]:
     """Winograd schemes that suit a layer, best first; none where only the direct one does."""
+    g = geometry
     suits = (
         algo != "direct"
-        and conv.kernel_size == (3, 3)
-        and geometry.stride == (1, 1)
-        and geometry.dilation == (1, 1)
-        and geometry.groups == 1
-        and geometry.padding in ((0, 0), (1, 1), (2, 2))
-        and conv.in_channels >= 8
+        and g.kernel_size == (3, 3)
+        and g.stride == (1, 1)
+        and g.dilation == (1, 1)
+        and g.groups == 1
+        and g.padding in ((0, 0), (1, 1), (2, 2))
+        and g.in_channels >= 8
     )
     if not suits:
         return []
-    if geometry.input_size == (2, 2) and geometry.padding == (1, 1):
+    if g.input_size == (2, 2) and g.padding == (1, 1):
         return [Scheme.Z2, Scheme.F2]
-    if algo == "f2" or min(geometry.output_size) < 4:
+    if algo == "f2" or min(g.output_size) < 4:
         return [Scheme.F2]
     return [Scheme.F4, Scheme.F2]

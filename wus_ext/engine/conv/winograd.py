@@ -8,7 +8,7 @@ prologue in front of the gradients.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .algorithm import Act, Algorithm, Trained, masked
 from .geometry import Geometry, Scheme
@@ -28,13 +28,12 @@ class Winograd(Algorithm):
 
     def __init__(
         self,
-        conv: nn.Conv2d,
         geometry: Geometry,
         scheme: Scheme,
         packed: Tensor,
         rotated: Tensor | None,
     ) -> None:
-        self.out_channels, self.in_channels = conv.out_channels, conv.in_channels
+        self.out_channels, self.in_channels = geometry.out_channels, geometry.in_channels
         self.geometry = geometry
         self.padding = geometry.padding[0]
         self.scheme = int(scheme)

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..autograd import dense, first_order, linear_forward, linear_masked
+from ..autograd import first_order, linear_forward, linear_masked
 from ..conv.algorithm import Act, Unfused, masked
 from ..linear import Products
-from ..support import on_gpu, tf32_products
+from ..support import dense, on_gpu, tf32_products
 from . import conv_epilogue
 
 ops = torch.ops.wus
@@ -123,6 +123,7 @@ class LinearLayer:
     Attributes:
         opaque: forward is cuBLASLt's, bias, ReLU and mask included.
         below_opaque: the mask of the layer below is cuBLASLt's.
+        noise: of dropout.
         tf32: whether cuBLASLt may use TF32, as the forward pass found it: backward must not meet a
             setting for which there is no product.
     """
@@ -132,13 +133,14 @@ class LinearLayer:
     p: float
     opaque: bool
     below_opaque: bool
+    noise: Tensor | None = None
     tf32: bool = field(default_factory=tf32_products)
 
     def forward(
         self, input: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if not self.opaque:
-            return linear_forward(self.product, input, bias, self.relu, self.p)
+            return linear_forward(self.product, input, bias, self.relu, self.noise, self.p)
         weight = self.product.weight
         return ops.linear_relu_aux(input, weight, bias.to(input.dtype), self.tf32)
 

@@ -1,4 +1,4 @@
-"""What the skip program fuses, and which models, layers and calls it leaves as they are."""
+"""Which layers form a chain, and that everything else is the model's own code."""
 
 from __future__ import annotations
 
@@ -12,33 +12,24 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wus_ext
-from wus_ext.engine.chains import ConvChain, DropoutChain, LinearChain
-from wus_ext.engine.conv.algorithm import Act
 
-from .chains import build, check, frozen, images, program, run
+from .chains import build, check, frozen, fused_chains, images, run
 
 
 @pytest.mark.parametrize(
-    ("name", "acts"),
+    ("name", "chains"),
     [
-        ("conv_relu_pool", [Act.RELU_POOL, Act.RELU_POOL]),
-        ("conv_norm_relu", [Act.RELU, Act.RELU]),
-        ("functional", [Act.RELU, Act.RELU, Act.RELU_POOL]),
-        ("in_place_sum", [Act.RELU, Act.RELU, Act.RELU_POOL]),
-        ("block", [Act.RELU, Act.RELU, Act.RELU, Act.NONE]),
+        ("conv_relu_pool", ["conv relu pool", "conv relu pool"]),
+        ("conv_norm_relu", ["conv norm relu", "conv norm relu"]),
+        ("functional", ["conv relu", "conv norm add relu", "conv relu pool"]),
+        ("in_place_sum", ["conv relu", "conv norm add relu", "conv relu pool"]),
+        ("block", ["conv relu", "conv norm relu", "conv norm", "conv norm add relu"]),
+        ("dropout", ["conv relu", "linear relu dropout", "linear"]),
     ],
 )
-def test_what_is_fused(name, acts):
+def test_what_is_fused(name, chains):
     _, skip = build(name)
-    skip(images())
-    assert [c.act for c in program(skip).chains.values()] == acts
-
-
-def test_linear_chains():
-    _, skip = build("dropout")
-    skip(images())
-    kinds = [type(c) for c in program(skip).chains.values()]
-    assert kinds == [ConvChain, DropoutChain, LinearChain, LinearChain]
+    assert fused_chains(skip, images()) == chains
 
 
 class Watched:
@@ -172,15 +163,15 @@ def test_checkpointed_parts_stay_checkpointed(reentrant):
     assert len(calls) == 2
 
 
-class Unreadable(nn.Module):
-    """Control flow on values: torch.fx cannot trace it."""
+class Branching(nn.Module):
+    """Control flow on values."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+        return self.conv(x).relu() if x.sum() > 0 else self.conv(-x)
 
 
 class MakesConstant(nn.Module):
@@ -192,15 +183,15 @@ class MakesConstant(nn.Module):
         return self.conv(x) * torch.tensor([2.0])
 
 
-@pytest.mark.parametrize("cls", [Unreadable, MakesConstant])
-def test_an_untraceable_model_runs_layer_by_layer(cls):
+@pytest.mark.parametrize("cls", [Branching, MakesConstant])
+def test_any_forward_fuses(cls):
     torch.manual_seed(0)
     stock = frozen(cls())
     skip = wus_ext.convert(copy.deepcopy(stock))
     wus_ext.set_skip(skip, True)
     for x in (images() + 1, images() - 1):
         check(stock, skip, x, tolerance=1e-6)
-    assert program(skip) is None
+        assert len(fused_chains(skip, x)) == 1
 
 
 class TwoInputs(nn.Module):
@@ -213,12 +204,13 @@ class TwoInputs(nn.Module):
         return y if scale is None else y * scale
 
 
-def test_other_ways_to_call_run_layer_by_layer():
+def test_other_ways_to_call():
     model = wus_ext.convert(TwoInputs())
     wus_ext.set_skip(model, True)
     x = images()
     assert torch.allclose(model(x, 2.0), 2 * model(x), atol=1e-6)
     assert torch.allclose(model(x, scale=torch.tensor(3.0)), 3 * model(x), atol=1e-6)
+    assert fused_chains(model, x, 2.0) == ["conv"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -237,11 +229,12 @@ def test_autocast_takes_the_plain_path():
 
 
 @pytest.mark.parametrize("name", ["conv_norm_relu", "linear"])
-def test_copies_make_their_own_program(name):
+def test_copies_have_an_engine_of_their_own(name):
     stock, skip = build(name)
     run(skip, images())
     for twin in (copy.deepcopy(skip), pickle.loads(pickle.dumps(skip))):
-        assert program(twin) is None
+        assert twin._skip_engine is not skip._skip_engine
+        assert wus_ext.packed_bytes(twin) == 0
         twin.load_state_dict(stock.state_dict())
         check(copy.deepcopy(stock), twin, images(), tolerance=2e-5)
-        assert program(twin) is not program(skip)
+        assert fused_chains(twin, images())

@@ -12,10 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wus_ext
+from tests.engine.chains import CHAINS, build, images, run
 from wus_ext.engine import options
 from wus_ext.engine.gpu import linked
-
-from .program.chains import CHAINS, build, images, program, run
 
 
 class Shared(nn.Module):
@@ -51,11 +50,6 @@ def equal(unlinked, link, x):
     for (name, mine), theirs in parameters:
         assert (mine.grad is None) == (theirs.grad is None), name
         assert mine.grad is None or torch.equal(mine.grad, theirs.grad), name
-
-
-def links(model):
-    """How many chains leave their ReLU to the one above."""
-    return sum(getattr(c, "above", None) is not None for c in program(model).chains.values())
 
 
 @pytest.fixture
@@ -107,7 +101,6 @@ def test_one_user_only(twice, passes):
         wus_ext.set_skip(model, True)
     equal(unlinked, link, images())
     assert not passes
-    assert not links(link)
 
 
 @pytest.mark.parametrize("above", ["2", "6"])
@@ -116,7 +109,6 @@ def test_a_layer_that_does_not_skip_breaks_the_link(above, passes):
     for model in (unlinked, link):
         wus_ext.set_skip(model, False, layers=above)
     equal(unlinked, link, images())
-    assert links(link) == 5
     assert len(passes) == 3
 
 
@@ -377,7 +369,6 @@ def test_an_output_in_between(passes):
         first, second = model(x)
         (first.square().sum() + second.sum()).backward()
         results.append([first, second, x.grad, *(b.grad for b in biases(model))])
-        assert links(model) == len(epilogues)
     assert all(map(torch.equal, *results))
     assert passes == ["Direct"]
 
@@ -387,7 +378,6 @@ def test_nothing_is_linked_unasked():
     x = images()
     assert any("Linked" in node.name() for node in steps(link(x)))
     assert not any("Linked" in node.name() for node in steps(unlinked(x)))
-    assert not links(unlinked)
 
 
 def test_masks_get_no_gradient():

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import wus_ext
-from tests.program.chains import (
+from tests.engine.chains import (
     chain,
     check,
+    fused_chains,
     images,
-    program,
     relative_error,
     run,
     saved_bytes,
@@ -38,7 +38,7 @@ def gradients(model):
 def test_a_full_step_equals_stock(name, algo):
     stock, fused = build(name, algo=algo)
     check(stock, fused, images(), tolerance=3e-5)
-    assert program(fused).chains
+    assert fused_chains(fused, images())
     assert len(gradients(fused)) == len(list(fused.parameters()))
     for parameter in fused.parameters():
         assert parameter.grad.stride() == parameter.stride()
@@ -119,7 +119,11 @@ def test_training_follows_stock(name, options):
 
 
 def copies(model):
-    return {key: copy.tensor for key, copy in model._skip_programs.packed._copies.items()}
+    return {
+        (layer, name): copy.tensor
+        for layer, copies in model._skip_engine.packed._layers.items()
+        for name, copy in copies.items()
+    }
 
 
 def test_transformed_weights_are_made_in_their_place():
@@ -230,7 +234,7 @@ def test_copies_stay_fused(clone):
     fused.load_state_dict(stock.state_dict())
     cloned = clone(fused)
     check(stock, cloned, images(), tolerance=3e-5)
-    assert program(cloned).chains
+    assert fused_chains(cloned, images())
 
 
 @pytest.mark.parametrize(

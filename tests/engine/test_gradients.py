@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from tests.program.chains import check
+from tests.engine.chains import check
 from wus_ext.engine import gradient_memory as gradients
 from wus_ext.engine import linear as products
 

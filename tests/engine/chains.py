@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -207,9 +208,23 @@ def worst_error(stock, skip, x):
     return max(errors)
 
 
-def program(model):
-    """The program derived last."""
-    return next(reversed(model._skip_programs._programs.values()), None)
+@contextmanager
+def recorded(model):
+    """The chains that run inside, each as the names of its steps."""
+    engine, chains = model._skip_engine, []
+    engine.record = []
+    try:
+        yield chains
+    finally:
+        chains += [steps for _, steps in engine.record]
+        engine.record = None
+
+
+def fused_chains(model, *args):
+    """The chains of one forward pass."""
+    with recorded(model) as chains:
+        model(*args)
+    return chains
 
 
 def saved_bytes(model, x):

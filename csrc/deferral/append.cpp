@@ -1,0 +1,200 @@
+#include "deferral/append.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "deferral/deferred.h"
+#include "deferral/session.h"
+
+namespace wus::deferral {
+namespace {
+
+// The chain behind a tensor, if a step may be appended to it now.
+std::shared_ptr<Chain> open_chain(const at::Tensor& tensor) {
+  const Deferred* deferred = as_deferred(tensor);
+  const Session* session = Session::current();
+  if (deferred == nullptr || session == nullptr) return nullptr;
+  const auto& chain = deferred->chain();
+  const bool open = chain->session().get() == session && !chain->has_run() &&
+                    !deferred->is_observed() && session->undisturbed();
+  return open ? chain : nullptr;
+}
+
+at::Tensor with(const at::Tensor& self, const std::shared_ptr<Chain>& chain, Step step,
+                std::vector<int64_t> sizes, at::MemoryFormat format, bool in_place) {
+  auto next = chain->extended(std::move(step), std::move(sizes), format);
+  if (!in_place) return defer(std::move(next));
+  next->session()->add(next);
+  as_deferred(self)->become(std::move(next));
+  return self;
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  constexpr auto odd = c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+  return tensor.layout() == at::kStrided && !tensor.key_set().has_any(odd) &&
+         !tensor._fw_grad(/*level=*/0).defined();
+}
+
+// The layout that torch's convolutions give: channels_last where either suggests it.
+at::MemoryFormat format_of(const at::Tensor& tensor) {
+  return tensor.dim() == 4 ? tensor.suggest_memory_format() : at::MemoryFormat::Contiguous;
+}
+
+bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+Read read(const std::optional<at::Tensor>& tensor) { return Read(tensor.value_or(at::Tensor())); }
+
+}  // namespace
+
+std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object plan, bool is_conv,
+                                      const at::Tensor& input, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias, bool weight_trains,
+                                      std::vector<int64_t> sizes, at::ScalarType dtype) {
+  Session* session = Session::current();
+  if (session == nullptr || !session->undisturbed()) return std::nullopt;
+  pybind11::object below;
+  std::shared_ptr<Chain> source;
+  at::Tensor value = input;
+  at::MemoryFormat format = at::MemoryFormat::Contiguous;
+  if (Deferred* deferred = as_deferred(input)) {
+    const auto chain = deferred->chain();
+    if (chain->session().get() != session) return std::nullopt;
+    format = chain->format();
+    ++chain->users;
+    if (session->links && !chain->has_run()) {
+      chain->call().resolve();  // so that no more than two layers wait for each other
+      source = chain;
+      value = at::Tensor();
+    } else {
+      value = deferred->value_for(pybind11::object(), below);
+    }
+  } else {
+    if (!is_plain(input)) return std::nullopt;
+    format = format_of(input);
+  }
+  if (is_conv && format_of(weight) == at::MemoryFormat::ChannelsLast)
+    format = at::MemoryFormat::ChannelsLast;
+  const at::Tensor shift = bias.value_or(at::Tensor());
+  const bool differentiable =
+      at::GradMode::is_enabled() &&
+      (requires_grad(value) || requires_grad(shift) || (weight_trains && weight.requires_grad()) ||
+       (source != nullptr && source->requires_grad()));
+  const uint64_t behind = source == nullptr ? 0 : source->depth();
+  const uint64_t depth = depth_behind({value, shift, weight}) + behind;
+  auto call = std::make_shared<Call>(
+      Call{session->shared_from_this(), std::move(layer), std::move(plan), std::move(below),
+           std::move(source), Read(value), Read(weight), Read(shift), weight_trains, dtype});
+  return defer(std::make_shared<Chain>(std::move(call), is_conv ? Kind::CONV : Kind::LINEAR,
+                                       std::move(sizes), format, differentiable, depth));
+}
+
+std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArguments& norm) {
+  const auto chain = open_chain(input);
+  if (chain == nullptr || !chain->has(Kind::CONV)) return std::nullopt;
+  for (const Kind kind : {Kind::NORM, Kind::ADD, Kind::RELU, Kind::POOL}) {
+    if (chain->has(kind)) return std::nullopt;
+  }
+  const auto& sizes = chain->sizes();
+  for (const auto* tensor : {&norm.weight, &norm.bias, &norm.running_mean, &norm.running_var}) {
+    if (!tensor->has_value() || !(*tensor)->defined()) continue;
+    const at::Tensor& t = **tensor;
+    if (as_deferred(t) || !is_plain(t) || t.scalar_type() != at::kFloat || t.dim() != 1 ||
+        t.size(0) != sizes[1] || t.device() != chain->call().weight.unchecked().device())
+      return std::nullopt;
+  }
+  const bool statistics = norm.running_mean && norm.running_mean->defined();
+  if (!norm.batch && (!statistics || !norm.running_var || !norm.running_var->defined()))
+    return std::nullopt;
+  if (sizes[0] * sizes[2] * sizes[3] <= 1 && norm.batch) return std::nullopt;
+  const bool gamma = norm.weight && requires_grad(*norm.weight) && !norm.constant;
+  if (!norm.batch) {
+    // What trains cannot be folded away. In a window gamma changes also between two evaluations,
+    // which share what was folded; without a count of batches running statistics are known not at
+    // all to have stood still.
+    const bool trains =
+        chain->call().weight_trains && chain->call().weight.unchecked().requires_grad();
+    if (!norm.batches || (gamma && !chain->call().weight_trains) ||
+        (at::GradMode::is_enabled() && (gamma || trains)))
+      return std::nullopt;
+  }
+  Session* session = Session::current();
+  if (statistics && norm.batch) session->before_use(*norm.running_mean, true);
+  if (chain->has_run()) return std::nullopt;
+  auto step = std::make_shared<Norm>(
+      Norm{read(norm.weight), read(norm.bias), read(norm.running_mean), read(norm.running_var),
+           read(norm.batches), norm.constant, norm.batch, norm.momentum, norm.eps});
+  return with(input, chain, Step{Kind::NORM, {}, 0, std::move(step)}, sizes, chain->format(),
+              false);
+}
+
+std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& other,
+                                     const at::Scalar& alpha, bool in_place) {
+  if (self.is_same(other) || !alpha.isIntegral(true) || alpha.toLong() != 1) return std::nullopt;
+  const auto takes = [](const at::Tensor& tensor) {
+    auto chain = open_chain(tensor);
+    const bool fits = chain != nullptr && chain->has(Kind::CONV) && !chain->has(Kind::ADD) &&
+                      !chain->has(Kind::RELU);
+    return fits ? chain : nullptr;
+  };
+  const bool first = in_place || takes(self) != nullptr;
+  const at::Tensor& summand = first ? self : other;
+  const at::Tensor& residual = first ? other : self;
+  if (takes(summand) == nullptr || !residual.defined() || residual.sizes() != summand.sizes() ||
+      residual.scalar_type() != summand.scalar_type() || residual.device() != summand.device())
+    return std::nullopt;
+  at::MemoryFormat other_format;
+  at::Tensor value = residual;
+  if (Deferred* deferred = as_deferred(residual)) {
+    other_format = deferred->chain()->format();
+    pybind11::object below;
+    value = deferred->value_for(pybind11::object(), below);
+  } else {
+    if (!is_plain(residual)) return std::nullopt;
+    other_format = format_of(residual);
+  }
+  // What was computed just now may have been derived from this very chain.
+  const auto chain = takes(summand);
+  if (chain == nullptr || (in_place && chain->has_live_children())) return std::nullopt;
+  return with(self, chain, Step{Kind::ADD, Read(value)}, chain->sizes(),
+              first ? chain->format() : other_format, in_place);
+}
+
+std::optional<at::Tensor> append_relu(const at::Tensor& self, bool in_place) {
+  const auto chain = open_chain(self);
+  if (chain == nullptr || chain->has(Kind::RELU) || (in_place && chain->has_live_children()))
+    return std::nullopt;
+  return with(self, chain, Step{Kind::RELU}, chain->sizes(), chain->format(), in_place);
+}
+
+std::optional<at::Tensor> append_pool(const at::Tensor& self) {
+  const auto chain = open_chain(self);
+  if (chain == nullptr || !chain->has(Kind::CONV) || !chain->has(Kind::RELU) ||
+      chain->has(Kind::ADD) || chain->has(Kind::POOL))
+    return std::nullopt;
+  auto sizes = chain->sizes();
+  if (std::min(sizes[2], sizes[3]) < 2) return std::nullopt;
+  sizes[2] /= 2;
+  sizes[3] /= 2;
+  return with(self, chain, Step{Kind::POOL}, std::move(sizes), chain->format(), false);
+}
+
+std::optional<at::Tensor> append_dropout(const at::Tensor& input, double p) {
+  const auto chain = open_chain(input);
+  if (chain == nullptr || !chain->has(Kind::LINEAR) || !chain->has(Kind::RELU) ||
+      chain->has(Kind::DROPOUT) || chain->call().weight.unchecked().device().type() != at::kCPU)
+    return std::nullopt;
+  // Drawn now, in stock's order; the chain applies them when it runs.
+  c10::impl::ExcludeDispatchKeyGuard through(kKey);
+  at::NoGradGuard no_grad;
+  at::Tensor noise = at::empty(chain->sizes(), at::TensorOptions().dtype(chain->dtype()));
+  noise.bernoulli_(1 - p);
+  return with(input, chain, Step{Kind::DROPOUT, Read(std::move(noise)), p}, chain->sizes(),
+              chain->format(), false);
+}
+
+}  // namespace wus::deferral

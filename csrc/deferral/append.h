@@ -1,0 +1,32 @@
+#pragma once
+// Which steps a chain takes in: each gives the longer chain's tensor, or nothing where the step
+// must run by itself.
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <vector>
+
+namespace wus::deferral {
+
+struct NormArguments {
+  std::optional<at::Tensor> weight, bias, running_mean, running_var, batches;
+  bool constant, batch;
+  double momentum, eps;
+};
+
+// A layer's call. `below` of a chain's value is for the engine; `sizes` are the output's.
+std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object plan, bool is_conv,
+                                      const at::Tensor& input, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias, bool weight_trains,
+                                      std::vector<int64_t> sizes, at::ScalarType dtype);
+std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArguments& norm);
+std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& other,
+                                     const at::Scalar& alpha, bool in_place);
+std::optional<at::Tensor> append_relu(const at::Tensor& self, bool in_place);
+// Max-pooling over 2x2 pixels.
+std::optional<at::Tensor> append_pool(const at::Tensor& self);
+// Dropout in training; draws its random numbers.
+std::optional<at::Tensor> append_dropout(const at::Tensor& input, double p);
+
+}  // namespace wus::deferral

@@ -1,0 +1,300 @@
+#include "deferral/chain.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/relu.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <utility>
+
+#include "deferral/deferred.h"
+#include "deferral/session.h"
+
+namespace wus::deferral {
+namespace py = pybind11;
+
+Read::Read(at::Tensor tensor) : tensor_(std::move(tensor)) {
+  if (!tensor_.defined()) return;
+  if (tensor_.has_storage()) data_ = tensor_.storage().data();
+  if (!tensor_.is_inference()) version_ = tensor_._version();
+}
+
+const at::Tensor& Read::get(const char* what) const {
+  if (!tensor_.defined()) return tensor_;
+  const bool same = (!tensor_.has_storage() || data_ == tensor_.storage().data()) &&
+                    (!version_ || *version_ == tensor_._version());
+  TORCH_CHECK(same, "the ", what, " of a layer, of shape ", tensor_.sizes(),
+              ", was changed after the layer was called and before its output was used, in a way "
+              "that torch does not see; convert the model with fuse=False");
+  return tensor_;
+}
+
+bool Read::shares_memory_with(const at::Tensor& other) const {
+  return tensor_.defined() && tensor_.has_storage() && other.has_storage() &&
+         tensor_.storage().is_alias_of(other.storage());
+}
+
+namespace {
+
+void drop(py::object& first, py::object* second = nullptr, py::object* third = nullptr) {
+  if (!first && !(second && *second) && !(third && *third)) return;
+  py::gil_scoped_acquire gil;
+  first = py::object();
+  if (second) *second = py::object();
+  if (third) *third = py::object();
+}
+
+// Steps of a chain that run one by one add a few gradient functions each.
+constexpr uint64_t kNodesOfAStep = 8;
+
+uint64_t depth_of(const at::Tensor& tensor) {
+  if (!tensor.defined() || !tensor.requires_grad()) return 0;
+  const auto& node = tensor.grad_fn();
+  return node == nullptr ? 0 : node->topological_nr();
+}
+
+}  // namespace
+
+uint64_t depth_behind(std::initializer_list<at::Tensor> tensors) {
+  uint64_t depth = 0;
+  for (const auto& tensor : tensors) depth = std::max(depth, depth_of(tensor));
+  return depth + kNodesOfAStep;
+}
+
+void Call::resolve() const {
+  const auto chain = std::exchange(source, nullptr);
+  if (chain == nullptr) return;
+  if (Deferred* tensor = chain->tensor) {
+    input = Read(tensor->value_for(py::object(), below));
+  } else if (chain->users > 1 || chain->needed_besides(nullptr)) {
+    input = Read(chain->run());
+  } else {
+    input = Read(chain->run_for(plan, below));
+  }
+}
+
+Call::~Call() { drop(layer, &plan, &below); }
+
+Chain::~Chain() { drop(held_); }
+
+Chain::Chain(std::shared_ptr<const Call> call, Kind layer, std::vector<int64_t> sizes,
+             at::MemoryFormat format, bool requires_grad, uint64_t depth)
+    : session_(call->session),
+      call_(std::move(call)),
+      step_{layer},
+      kinds_(1 << static_cast<int>(layer)),
+      sizes_(std::move(sizes)),
+      format_(format),
+      requires_grad_(requires_grad),
+      depth_(depth) {}
+
+std::shared_ptr<Chain> Chain::extended(Step step, std::vector<int64_t> sizes,
+                                       at::MemoryFormat format) {
+  const auto wants_grad = [](const Read& read) {
+    return read.defined() && read.unchecked().requires_grad();
+  };
+  bool requires_grad = requires_grad_;
+  if (at::GradMode::is_enabled()) {
+    requires_grad |= step.kind == Kind::ADD && wants_grad(step.tensor);
+    if (step.norm) {
+      requires_grad |=
+          wants_grad(step.norm->bias) || (!step.norm->constant && wants_grad(step.norm->weight));
+    }
+  }
+  const uint64_t depth = std::max(depth_, depth_of(step.tensor.unchecked())) + kNodesOfAStep;
+  auto next =
+      std::make_shared<Chain>(call_, step.kind, std::move(sizes), format, requires_grad, depth);
+  next->kinds_ |= kinds_;
+  next->step_ = std::move(step);
+  next->parent_ = shared_from_this();
+  children_.push_back(next);
+  return next;
+}
+
+bool Chain::has_live_children() const {
+  return std::any_of(children_.begin(), children_.end(), [](const auto& child) {
+    const auto held = child.lock();
+    return held != nullptr && !held->has_run();
+  });
+}
+
+bool Chain::needed_besides(const Chain* child) const {
+  return tensor != nullptr || anchor != nullptr ||
+         std::any_of(children_.begin(), children_.end(), [&](const auto& other) {
+           const auto held = other.lock();
+           return held != nullptr && held.get() != child && !held->has_run();
+         });
+}
+
+const Norm* Chain::update() const {
+  const Norm* norm = step_.norm.get();
+  return norm != nullptr && norm->updates() && !norm->done ? norm : nullptr;
+}
+
+bool Chain::writes(const at::Tensor& tensor) const {
+  for (const Chain* chain = this; chain != nullptr; chain = chain->parent_.get()) {
+    if (chain->has_run()) return false;
+    if (const Norm* norm = chain->update()) {
+      return norm->running_mean.shares_memory_with(tensor) ||
+             norm->running_var.shares_memory_with(tensor);
+    }
+  }
+  return false;
+}
+
+bool Chain::reads(const at::Tensor& tensor) const {
+  const auto shares = [&](const Read& read) { return read.shares_memory_with(tensor); };
+  for (const Chain* chain = this; chain != nullptr; chain = chain->parent_.get()) {
+    if (chain->has_run())
+      return chain->value_.defined() && Read(chain->value_).shares_memory_with(tensor);
+    const Step& step = chain->step_;
+    if (shares(step.tensor)) return true;
+    if (const Norm* norm = step.norm.get()) {
+      if (shares(norm->weight) || shares(norm->bias) || shares(norm->running_mean) ||
+          shares(norm->running_var))
+        return true;
+    }
+  }
+  if (call_->source != nullptr && call_->source->reads(tensor)) return true;
+  return shares(call_->input) || shares(call_->weight) || shares(call_->bias);
+}
+
+void Chain::run_children() {
+  const auto children = std::move(children_);
+  children_.clear();
+  for (const auto& weak : children) {
+    if (const auto child = weak.lock()) {
+      if (child->has_run() || child->tensor != nullptr || child->anchor != nullptr) child->run();
+      child->run_children();
+    }
+  }
+}
+
+namespace {
+
+at::Tensor applied(const at::Tensor& input, const Step& step) {
+  switch (step.kind) {
+    case Kind::NORM: {
+      const Norm& norm = *step.norm;
+      norm.done = true;
+      const at::Tensor& weight = norm.weight.get("norm's weight");
+      return at::batch_norm(input, norm.constant && weight.defined() ? weight.detach() : weight,
+                            norm.bias.get("norm's bias"), norm.running_mean.unchecked(),
+                            norm.running_var.unchecked(), norm.batch, norm.momentum, norm.eps,
+                            at::globalContext().userEnabledCuDNN());
+    }
+    case Kind::ADD:
+      return at::add(input, step.tensor.get("other summand"));
+    case Kind::RELU:
+      return at::relu(input);
+    case Kind::POOL:
+      return at::max_pool2d(input, {2, 2});
+    case Kind::DROPOUT:
+      return at::mul(input, at::div(step.tensor.get("noise"), 1 - step.p));
+    default:
+      TORCH_INTERNAL_ASSERT(false, "a layer begins a chain");
+  }
+}
+
+py::object optional(const Read& read, const char* what) {
+  return read.defined() ? py::cast(read.get(what)) : py::none();
+}
+
+}  // namespace
+
+py::object Chain::fused(const std::vector<const Chain*>& steps, const py::object& above) const {
+  py::object norm = py::none(), residual = py::none(), noise = py::none();
+  bool relu = false, pool = false;
+  double p = 0;
+  for (const Chain* chain : steps) {
+    const Step& step = chain->step_;
+    if (step.kind == Kind::NORM) {
+      const Norm& n = *step.norm;
+      n.done = true;
+      norm = py::make_tuple(optional(n.weight, "norm's weight"), optional(n.bias, "norm's bias"),
+                            n.running_mean.unchecked(), n.running_var.unchecked(),
+                            n.batches.unchecked(), n.constant, n.batch, n.momentum, n.eps);
+    }
+    if (step.kind == Kind::ADD) residual = optional(step.tensor, "other summand");
+    if (step.kind == Kind::DROPOUT) noise = optional(step.tensor, "noise"), p = step.p;
+    relu |= step.kind == Kind::RELU;
+    pool |= step.kind == Kind::POOL;
+  }
+  const Call& call = *call_;
+  call.resolve();
+  return session_->engine().attr("run")(
+      call.layer, call.plan, call.input.get("input"), call.below ? call.below : py::none(),
+      call.weight.get("weight"), optional(call.bias, "bias"), call.weight_trains, norm, residual,
+      relu, pool, noise, p, above ? above : py::none());
+}
+
+void Chain::compute(const py::object& above) {
+  std::vector<const Chain*> steps;
+  std::shared_ptr<Chain> from;
+  for (Chain* chain = this;; chain = chain->parent_.get()) {
+    steps.push_back(chain);
+    from = chain->parent_;
+    if (from == nullptr || from->has_run() || from->needed_besides(chain)) break;
+  }
+  std::reverse(steps.begin(), steps.end());
+  if (from == nullptr) {
+    py::object result = fused(steps, above);
+    if (THPVariable_Check(result.ptr())) {
+      value_ = result.cast<at::Tensor>();
+    } else {
+      held_ = std::move(result);
+    }
+  } else {
+    at::Tensor value;
+    if (Deferred* tensor = from->tensor) {
+      const auto held = c10::intrusive_ptr<c10::TensorImpl>::unsafe_reclaim_from_nonowning(tensor);
+      tensor->settle();
+      if (has_run()) return;  // with all that was derived from that tensor
+      value = at::Tensor(held);
+    } else {
+      value = from->run();
+    }
+    for (const Chain* chain : steps) value = applied(value, chain->step_);
+    value_ = std::move(value);
+  }
+  parent_ = nullptr;
+  call_ = nullptr;
+  step_ = Step{step_.kind};
+}
+
+const at::Tensor& Chain::run() {
+  if (value_.defined()) return value_;
+  InSession scope(*session_);
+  if (!has_run()) compute(py::object());
+  if (!value_.defined()) value_ = held_.attr("settled")().cast<at::Tensor>();
+  if (anchor != nullptr) connect(std::exchange(anchor, nullptr));
+  return value_;
+}
+
+at::Tensor Chain::run_for(const py::object& plan, py::object& below) {
+  InSession scope(*session_);
+  if (!has_run()) compute(plan);
+  if (held_ && !connected_) {
+    below = held_;
+    return held_.attr("output").cast<at::Tensor>();
+  }
+  return run();
+}
+
+void Chain::connect(const NodePtr& node) {
+  if (connected_ || node == nullptr) return;
+  static_cast<Anchor*>(node.get())->stand_for(torch::autograd::impl::gradient_edge(value_));
+  at::Tensor behind = value_.detach();
+  torch::autograd::impl::set_gradient_edge(behind, {node, 0});
+  value_ = std::move(behind);
+  connected_ = true;
+}
+
+}  // namespace wus::deferral

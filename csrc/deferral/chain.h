@@ -1,0 +1,151 @@
+#pragma once
+// A layer's call that has not been computed yet, and the steps that have been appended to it.
+#include <ATen/core/Tensor.h>
+#include <c10/core/MemoryFormat.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace wus::deferral {
+
+class Chain;
+class Session;
+class Deferred;
+
+// Shared or intrusive, as torch's version has it.
+using NodePtr = decltype(torch::autograd::AutogradMeta::grad_fn_);
+
+// A tensor that a step will read, as it was when the step was called. Writes through torch make the
+// step run first; what escapes that is found out here.
+class Read {
+ public:
+  Read() = default;
+  explicit Read(at::Tensor tensor);
+
+  // Throws if the tensor has changed meanwhile.
+  const at::Tensor& get(const char* what) const;
+  const at::Tensor& unchecked() const { return tensor_; }
+  bool defined() const { return tensor_.defined(); }
+  bool shares_memory_with(const at::Tensor& other) const;
+
+ private:
+  at::Tensor tensor_;
+  const void* data_ = nullptr;
+  std::optional<uint32_t> version_;
+};
+
+enum class Kind : uint8_t { CONV, LINEAR, NORM, ADD, RELU, POOL, DROPOUT };
+
+// Batch norm as F.batch_norm was handed it. `batches`, if known, tells that the running statistics
+// have changed, which their version counters do not.
+struct Norm {
+  Read weight, bias, running_mean, running_var, batches;
+  bool constant;  // weight stands still
+  bool batch;     // with the batch's statistics
+  double momentum, eps;
+  mutable bool done = false;
+
+  // Whether running updates the running statistics.
+  bool updates() const { return batch && running_mean.defined(); }
+};
+
+struct Step {
+  Kind kind;
+  Read tensor = {};                       // ADD: the other summand; DROPOUT: the noise
+  double p = 0;                           // DROPOUT
+  std::shared_ptr<const Norm> norm = {};  // NORM
+};
+
+// What the layer was called with.
+struct Call {
+  std::shared_ptr<Session> session;
+  pybind11::object layer, plan;
+  mutable pybind11::object below;         // what the chain that made the input left to do, or null
+  mutable std::shared_ptr<Chain> source;  // the chain that makes the input, where it has not run
+  mutable Read input;
+  Read weight, bias;
+  bool weight_trains;
+  at::ScalarType dtype;  // of the output
+
+  // Has the input computed. If nobody else takes it, it may leave a part of its work to this layer.
+  void resolve() const;
+  ~Call();
+};
+
+class Chain : public std::enable_shared_from_this<Chain> {
+ public:
+  Chain(std::shared_ptr<const Call> call, Kind layer, std::vector<int64_t> sizes,
+        at::MemoryFormat format, bool requires_grad, uint64_t depth);
+  ~Chain();
+
+  // This chain and one step more.
+  std::shared_ptr<Chain> extended(Step step, std::vector<int64_t> sizes, at::MemoryFormat format);
+
+  // The chain's value in the engine's own layout. Throws what the layers throw.
+  const at::Tensor& run();
+  // The same for a layer that takes it, which may have a part of the work left to it (`below`).
+  at::Tensor run_for(const pybind11::object& plan, pybind11::object& below);
+  // Whoever holds `anchor` finds this chain's value behind, and whoever is given the value passes
+  // through it.
+  void connect(const NodePtr& anchor);
+
+  bool has(Kind kind) const { return kinds_ >> static_cast<int>(kind) & 1; }
+  bool has_run() const { return value_.defined() || held_; }
+  bool has_live_children() const;
+  // Whether anybody but `child` may still ask for this chain's value.
+  bool needed_besides(const Chain* child) const;
+  // Whether running would read, or write, this tensor's memory.
+  bool reads(const at::Tensor& tensor) const;
+  bool writes(const at::Tensor& tensor) const;
+  // The running statistics that wait for this chain's own step, or null.
+  const Norm* update() const;
+  // Whether it must run even if nobody has its tensor.
+  bool is_owed() const { return anchor != nullptr || update() != nullptr; }
+  // Runs all that has been derived from this chain and has not run yet.
+  void run_children();
+
+  const Call& call() const { return *call_; }
+  const std::shared_ptr<Session>& session() const { return session_; }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+  // Of the tensor that stock PyTorch would give.
+  at::MemoryFormat format() const { return format_; }
+  at::ScalarType dtype() const { return call_->dtype; }
+  bool requires_grad() const { return requires_grad_; }
+  // More than what any gradient function behind this chain's has (see torch's topological_nr).
+  uint64_t depth() const { return depth_; }
+
+  // The tensor that stands for this chain, not owned; null when there is none, or no more.
+  Deferred* tensor = nullptr;
+  // Layers that take the value.
+  int users = 0;
+  // The place in the graph of a tensor that is gone, where somebody still refers to it.
+  NodePtr anchor = nullptr;
+
+ private:
+  void compute(const pybind11::object& above);
+  pybind11::object fused(const std::vector<const Chain*>& steps,
+                         const pybind11::object& above) const;
+
+  std::shared_ptr<Session> session_;
+  std::shared_ptr<const Call> call_;
+  std::shared_ptr<Chain> parent_;
+  std::vector<std::weak_ptr<Chain>> children_;
+  Step step_;
+  uint8_t kinds_;
+  std::vector<int64_t> sizes_;
+  at::MemoryFormat format_;
+  bool requires_grad_;
+  uint64_t depth_;
+  bool connected_ = false;
+  at::Tensor value_;
+  pybind11::object held_;  // a value whose last step is left to the one layer that takes it
+};
+
+// More than the depth of these tensors' gradient functions, and of a layer's on top.
+uint64_t depth_behind(std::initializer_list<at::Tensor> tensors);
+
+}  // namespace wus::deferral

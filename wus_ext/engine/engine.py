@@ -1,0 +1,282 @@
+"""A converted model's engine: which layers defer in a step, and how the chains they form run.
+
+The model's own ``forward`` runs in every step. In a step that runs fused a convolution or linear
+layer returns a tensor that has not been computed yet; norm, residual sum, ReLU, pooling and dropout
+join it to a longer chain (``csrc/deferral``), and what else touches it has it computed first. So a
+chain runs at its first use, as one operator of :mod:`wus_ext.engine.chains`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._build import deferral
+from ..nn import SkipLayer
+from .chains import Norm, run_conv, run_linear
+from .conv.geometry import Geometry
+from .dropout import drop
+from .options import SkipOptions
+from .packed_weights import PackedWeights
+from .storage_access import settle_before_storage_access
+from .support import TYPES, in_a_transform, on_gpu
+
+#: What a layer's call depends on, besides its tensors' values.
+Key = tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Plan:
+    """How a layer's calls of one kind run.
+
+    Attributes:
+        sizes: of the output.
+        dtype: of the output: the input's, or autocast's.
+        geometry: of a convolution.
+    """
+
+    sizes: list[int]
+    dtype: torch.dtype
+    geometry: Geometry | None = None
+
+
+@dataclass(slots=True)
+class _Layer:
+    """The plans of one layer; None: such a call runs by itself."""
+
+    ref: weakref.ref
+    plans: dict[Key, Plan | None] = field(default_factory=dict)
+
+
+class Engine:
+    """What a converted model's root holds: options, and what was made of its weights.
+
+    A copy of the model starts anew.
+    """
+
+    MOST_PLANS = 64
+
+    def __init__(self, options: SkipOptions) -> None:
+        self.options = options
+        self.packed = PackedWeights(options.memory_budget)
+        #: While it is a list: each chain that runs, as its layer and the names of its steps.
+        self.record: list[tuple[nn.Module, str]] | None = None
+        self._layers: dict[int, _Layer] = {}
+
+    def __deepcopy__(self, memo: dict) -> Engine:
+        return Engine(self.options)
+
+    def __reduce__(self) -> tuple:
+        return (Engine, (self.options,))
+
+    def begin(self) -> Any | None:
+        """Lets layers defer in the forward pass that begins now, or None: all run by themselves."""
+        if not self.options.fuse or in_a_transform() or torch._C._get_tracing_state() is not None:
+            return None
+        settle_before_storage_access()
+        session = deferral.Session(self, bool(self.options.epilogues))
+        return session if session.begin() else None
+
+    def end_window(self, layers: Collection[nn.Module] | None = None) -> None:
+        """Weights of these layers, or all, are about to change: drops what was made of them."""
+        if self.options.full == "fused":
+            self.packed.expire(layers)
+        elif layers is None:
+            self.packed.clear()
+        else:
+            self.packed.drop(layers)
+
+    def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor | None:
+        """The deferred call of a convolution, or None where it must run by itself."""
+        weight = self._weight(conv, input)
+        if weight is None:
+            return None
+        bias = conv._constant(conv._parameters.get("bias"))
+        key = (
+            *_types(input, weight, bias),
+            input.shape,
+            weight.shape,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.padding_mode,
+        )
+        plan = self._plan(conv, key, input, weight, bias)
+        if plan is None:
+            return None
+        return deferral.begin_chain(
+            conv, plan, True, input, weight, bias, not conv.skip_wgrad, plan.sizes, plan.dtype
+        )
+
+    def multiply(self, linear: nn.Linear, input: Tensor) -> Tensor | None:
+        """The deferred call of a linear layer, or None where it must run by itself."""
+        weight = self._weight(linear, input)
+        if weight is None:
+            return None
+        bias = linear._constant(linear._parameters.get("bias"))
+        key = (*_types(input, weight, bias), input.shape, weight.shape)
+        plan = self._plan(linear, key, input, weight, bias)
+        if plan is None:
+            return None
+        return deferral.begin_chain(
+            linear, plan, False, input, weight, bias, not linear.skip_wgrad, plan.sizes, plan.dtype
+        )
+
+    def _weight(self, layer: SkipLayer, input: Tensor) -> Tensor | None:
+        """The layer's weight, if the layer may run fused on `input`."""
+        weight = layer._parameters.get("weight")
+        if not layer.skip_wgrad:  # what is made of a weight that trains serves one call only
+            self.packed.expire((layer,))
+        if (
+            type(input) not in (Tensor, nn.Parameter)
+            or type(weight) not in (Tensor, nn.Parameter)
+            or not (layer.skip_wgrad or (self.options.full == "fused" and not on_gpu(weight)))
+        ):
+            return None
+        return weight
+
+    def _plan(
+        self, layer: nn.Module, key: Key, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Plan | None:
+        known = self._layers.get(id(layer))
+        if known is None or known.ref() is not layer:
+            layers, name = self._layers, id(layer)
+            known = layers[name] = _Layer(weakref.ref(layer, lambda _: layers.pop(name, None)))
+        if key not in known.plans:
+            if len(known.plans) == self.MOST_PLANS:
+                known.plans.clear()
+            make = _plan_conv if isinstance(layer, nn.Conv2d) else _plan_linear
+            known.plans[key] = make(layer, input, weight, bias)
+        return known.plans[key]
+
+    # Called back by csrc/deferral.
+
+    def run(
+        self,
+        layer: nn.Module,
+        plan: Plan,
+        input: Tensor,
+        below: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_trains: bool,
+        norm: tuple | None,
+        residual: Tensor | None,
+        relu: bool,
+        pool: bool,
+        noise: Tensor | None,
+        p: float,
+        above: Plan | None,
+    ) -> Any:
+        """A chain's value."""
+        if self.record is not None:
+            steps = {
+                "conv" if plan.geometry else "linear": True,
+                "norm": norm is not None,
+                "add": residual is not None,
+                "relu": relu,
+                "pool": pool,
+                "dropout": noise is not None,
+            }
+            self.record.append((layer, " ".join(step for step, there in steps.items() if there)))
+        if plan.geometry is None:
+            return run_linear(
+                self, layer, plan, input, below, weight, bias, weight_trains, relu, noise, p, above
+            )
+        return run_conv(
+            self,
+            layer,
+            plan,
+            input,
+            below,
+            weight,
+            bias,
+            weight_trains,
+            None if norm is None else Norm(*norm),
+            residual,
+            relu,
+            pool,
+            above,
+        )
+
+    def drop(self, input: Tensor, p: float) -> Tensor | None:
+        """Dropout of an ordinary tensor, or None for stock's."""
+        return drop(input, p)
+
+
+def _types(input: Tensor, weight: Tensor, bias: Tensor | None) -> Key:
+    autocast = None
+    if torch._C._is_any_autocast_enabled():
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            autocast = torch.get_autocast_dtype(device)
+    return (
+        autocast,
+        input.dtype,
+        input.device,
+        weight.dtype,
+        weight.device,
+        None if bias is None else (bias.dtype, bias.device, type(bias)),
+    )
+
+
+def _fused_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The type in which a chain runs: that of all tensors or, where autocast casts them, its."""
+    device = input.device.type
+    types = TYPES.get(device, ())
+    if input.dtype not in types or 0 in input.shape:
+        return None
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+    if dtype not in types:
+        return None
+    for parameter in (weight, bias):
+        if parameter is not None and not (
+            parameter.device == input.device
+            and parameter.dtype in types
+            and (autocast or parameter.dtype == dtype)
+            and type(parameter) in (Tensor, nn.Parameter)
+            and 0 not in parameter.shape
+        ):
+            return None
+    return dtype
+
+
+def _plan_conv(conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
+    dtype = _fused_dtype(input, weight, bias)
+    if (
+        dtype is None
+        or input.dim() != 4
+        or weight.dim() != 4
+        or input.size(1) != weight.size(1) * conv.groups
+        or weight.size(0) % conv.groups
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        return None
+    geometry = Geometry.of(conv, weight.shape, input.shape)
+    if min(geometry.output_size) < 1:
+        return None
+    return Plan([input.size(0), weight.size(0), *geometry.output_size], dtype, geometry)
+
+
+def _plan_linear(
+    linear: nn.Linear, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Plan | None:
+    dtype = _fused_dtype(input, weight, bias)
+    if (
+        dtype is None
+        or input.dim() != 2
+        or weight.dim() != 2
+        or input.size(1) != weight.size(1)
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        return None
+    return Plan([input.size(0), weight.size(0)], dtype)
