@@ -114,12 +114,32 @@ def test_the_epoch_before_is_kept_until_the_run_is_finished(tmp_path):
     assert not (tmp_path / "previous.pt").exists()
 
 
-def test_no_file_shares_its_bytes_with_another(tmp_path):
-    """Damage of one checkpoint must not be that of its replacement."""
+def test_damage_of_the_last_checkpoint_is_never_that_of_all(tmp_path):
+    """A link is damaged with its file."""
     run = trainer(out=tmp_path)
+    run.run_epoch()
     while not run.finished:
         run.run_epoch()
-        assert not (tmp_path / LAST).samefile(tmp_path / "best.pt")
+        others = [tmp_path / name for name in ("previous.pt", "best.pt")]
+        others = [path for path in others if path.exists()]
+        assert not all(path.samefile(tmp_path / LAST) for path in others)
+    assert [path.name for path in others] == ["best.pt"]
+
+
+def test_of_a_run_that_ends_with_its_best_epoch_both_files_remain(run):
+    change(run, best_epoch=1, history=worse(load_checkpoint(run / LAST)["history"]))
+    with pytest.warns(RunWarning, match="did not agree"):
+        resumed = trainer(out=run, resume=True)
+    resumed.run()
+    assert resumed.best_epoch == 4
+    assert not (run / "previous.pt").exists()
+    assert not (run / LAST).samefile(run / "best.pt")
+    assert (run / LAST).read_bytes() == (run / "best.pt").read_bytes()
+
+
+def worse(history):
+    """So that the next epoch is the best."""
+    return [{**record, "test_accuracy": 0.0} for record in history]
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
@@ -303,9 +323,12 @@ def test_a_damaged_best_checkpoint_is_said(run):
 
 
 def test_the_best_checkpoint_is_mended_if_the_last_is_the_best(tmp_path):
+    """It may be of an epoch before: the process was killed between two files."""
     trainer(out=tmp_path).run_epoch()
-    for damage in (flip, lambda path: path.unlink()):
-        damage(tmp_path / "best.pt")
+    for content in (None, b"half", pack_checkpoint({"epoch": 0})):
+        (tmp_path / "best.pt").unlink()
+        if content:
+            (tmp_path / "best.pt").write_bytes(content)
         trainer(out=tmp_path, resume=True)
         assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 1
 
@@ -575,12 +598,13 @@ def test_a_full_disk_in_the_first_epoch(tmp_path):
     assert len(trainer(out=tmp_path, resume=True).run()) == 4
 
 
-def fails_for(name, monkeypatch):
+def fails_for(name, monkeypatch, reason=errno.ENOSPC):
+    """The file of this name cannot be replaced."""
     replace = os.replace
 
     def full(source, target):
         if os.path.basename(target) == name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(reason, os.strerror(reason))
         replace(source, target)
 
     monkeypatch.setattr("os.replace", full)
@@ -603,11 +627,6 @@ def test_whatever_cannot_be_written_is_named_with_what_is_kept(run, monkeypatch,
     assert len(again.run()) == 4
     assert load_checkpoint(run / "best.pt")["epoch"] == 4
     assert RunFolder(run).history() == again.history
-
-
-def worse(history):
-    """So that the next epoch is the best."""
-    return [{**record, "test_accuracy": 0.0} for record in history]
 
 
 def test_a_trainer_goes_on_once_there_is_room_again(run):

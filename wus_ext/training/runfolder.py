@@ -16,7 +16,7 @@ import torch
 from .checkpoint import load_checkpoint, pack_checkpoint, write_checkpoint
 from .config import RELOCATABLE, TrainConfig
 from .errors import ConfigError, DataError, RunWarning, StorageError
-from .files import remove_temporary, write_atomic
+from .files import link_atomic, remove_temporary, write_atomic
 from .interrupts import uninterrupted
 from .lock import FolderLock
 from .settings import differences, reading
@@ -107,15 +107,21 @@ class RunFolder:
                 write_checkpoint(self.last, content, previous=self.previous)
                 kept += 1
                 if best:
-                    write_checkpoint(self.best, content)
+                    link_atomic(self.last, self.best)
                 self._write(self.metrics, lines(state["history"]))
             except StorageError as error:
                 held = f"{self.last} keeps epoch {kept}" if kept else "no epoch is stored yet"
                 raise StorageError(f"{error}; {held}, continue with --resume") from error
 
     def finish(self) -> None:
-        """End a run that is finished: there is no epoch to go back to any more."""
-        with contextlib.suppress(OSError):
+        """End a run that is finished: no epoch before the last is needed any more.
+
+        From then on ``best.pt`` is what remains if ``last.pt`` is damaged, so it is a file of its
+        own.
+        """
+        with self._lock.writing(), uninterrupted(), contextlib.suppress(OSError):
+            if self.best.samefile(self.last):
+                write_checkpoint(self.best, self.last.read_bytes())
             self.previous.unlink(missing_ok=True)
         self.release()
 
@@ -220,15 +226,13 @@ class RunFolder:
         there = _text(self.metrics)
         if there != text or not self.metrics.exists():
             if not text.startswith(there):  # what a kill between two files does not leave behind
-                _warn(
-                    f"{self.metrics} did not agree with {self.last}, and was written anew from it"
-                )
+                _warn(f"{self.metrics} did not agree with {self.last}: written anew from it")
             self._write(self.metrics, text)
         if state is None:
             return
         if state["best_epoch"] == len(history):
             if not self.best.exists() or not filecmp.cmp(self.last, self.best, shallow=False):
-                write_checkpoint(self.best, self.last.read_bytes())
+                link_atomic(self.last, self.best)
             return
         try:
             load_checkpoint(self.best)
