@@ -76,12 +76,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             _close_output()
         return _fail(command, error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not (reason := _lack(error)):
+            raise
+        return _fail(command, reason, 1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
 
 
-def _fail(command: str, error: Exception, code: int) -> int:
+def _lack(error: Exception) -> str | None:
+    """What the machine lacks, if that is the reason."""
+    text = str(error).strip().partition("\n")[0]
+    if "DataLoader worker" in text:
+        return f"a process that reads images died, for lack of memory? Use fewer --workers ({text})"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory: use a smaller --batch-size ({text or type(error).__name__})"
+    return None
+
+
+def _fail(command: str, error: Exception | str, code: int) -> int:
     if not getattr(error, "raised_by_first", False):  # the first process says it
         rank = int(os.environ.get("RANK", 0))
         who = f" (process {rank})" if rank else ""

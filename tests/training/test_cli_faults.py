@@ -11,6 +11,7 @@ import time
 import warnings
 
 import pytest
+import torch
 
 from wus_ext.cli import main
 from wus_ext.training import RunWarning, Trainer, load_checkpoint
@@ -212,6 +213,39 @@ def test_a_run_that_fails_later_is_kept(train, run, monkeypatch):
     assert code == 1
     assert error == ["wus-ext train: error: [Errno 5] Input/output error: 'images/0.png'"]
     assert snapshot(run) == before
+
+
+def allocate(run):
+    torch.empty(2**50)
+
+
+def allocate_on_a_gpu(run):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+
+def lose_a_worker(run):
+    raise RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (allocate, "out of memory: use a smaller --batch-size (["),
+        (allocate_on_a_gpu, "out of memory: use a smaller --batch-size (CUDA out of memory. Tried"),
+        (lose_a_worker, "Use fewer --workers (DataLoader worker (pid 9) is killed"),
+    ],
+)
+def test_a_lack_of_memory_is_no_traceback(train, run, monkeypatch, fail, message):
+    monkeypatch.setattr(Trainer, "run_epoch", fail)
+    code, (error,) = train("--resume", "--out", run)
+    assert code == 1
+    assert message in error
+
+
+def test_a_fault_of_the_program_still_is_one(train, run, monkeypatch):
+    monkeypatch.setattr(Trainer, "run_epoch", lambda run: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train("--resume", "--out", run)
 
 
 def test_damage_is_said_and_what_it_says_works(train, run):

@@ -47,3 +47,7 @@ def trainer(out=None, resume=False, build=build, **settings):
 
 def weights(run):
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def folder_config(tree, **settings):
+    return TrainConfig(dataset="folder", data_dir=str(tree), **settings)
