@@ -128,9 +128,7 @@ class _Files(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | DataError:
         try:
             return self.split.decode(self.split.paths[index]), self.split.labels[index]
-        except (
-            DataError
-        ) as error:  # raised in a worker, it would arrive with the worker's traceback
+        except DataError as error:  # raised in a worker, its message would be a traceback
             return error
 
 
