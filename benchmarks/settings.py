@@ -34,8 +34,8 @@ from torch import Tensor, nn
 import wus_ext
 from wus_ext.training import DataError
 from wus_ext.training.augment import Normalize, crop_and_flip
-from wus_ext.training.checkpoint import write_atomic
 from wus_ext.training.errors import require
+from wus_ext.training.files import write_atomic
 from wus_ext.training.folder import scan_folder
 
 TRAIN, HELD_OUT, BATCH = 5000, 4000, 64

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +20,7 @@ from . import build_info, packed_bytes, set_skip
 from .distributed import processes
 from .training.compare import CompareConfig, compare, read_compare
 from .training.config import METHODS, MODELS, TrainConfig
-from .training.errors import ConfigError, DataError, MissingExtra, TrainingError
+from .training.errors import ConfigError, DataError, MissingExtra, RunWarning, TrainingError
 from .training.launch import launched, launched_count
 from .training.methods import build_model
 from .training.progress import Progress
@@ -56,7 +58,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 is success, 1 a training that failed, 2 bad arguments or data, 130 an interrupt.
+    0 is success, 1 a training that failed or cannot be stored, 2 bad arguments or data or a folder
+    that another run uses, 130 an interrupt.
 
     Args:
         arguments: instead of those of the process, without the program's name.
@@ -65,19 +68,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[..., int] = given.pop("run")
     command: str = given.pop("command")
     try:
-        return run(given)
+        with _warnings_as_lines(command):
+            return run(given)
     except (ConfigError, DataError, MissingExtra) as error:
         return _fail(command, error, 2)
-    except TrainingError as error:
+    except (OSError, TrainingError) as error:
+        if isinstance(error, BrokenPipeError):
+            _close_output()
         return _fail(command, error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not (reason := _lack(error)):
+            raise
+        return _fail(command, reason, 1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
-def _fail(command: str, error: Exception, code: int) -> int:
+def _lack(error: Exception) -> str | None:
+    """What the machine lacks, if that is the reason."""
+    text = str(error).strip().partition("\n")[0]
+    if "DataLoader worker" in text:
+        return f"a process that reads images died, for lack of memory? Use fewer --workers ({text})"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory: use a smaller --batch-size ({text or type(error).__name__})"
+    return None
+
+
+def _fail(command: str, error: Exception | str, code: int) -> int:
     if not getattr(error, "raised_by_first", False):  # the first process says it
         rank = int(os.environ.get("RANK", 0))
         who = f" (process {rank})" if rank else ""
         print(f"wus-ext {command}{who}: error: {error}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def _warnings_as_lines(command: str) -> Iterator[None]:
+    """Warnings about the run in one line each, without the place in the code."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, RunWarning):
+                print(f"wus-ext {command}: warning: {message}", file=sys.stderr)
+            else:
+                shown(message, category, *where)
+
+        warnings.showwarning = show
+        yield
+
+
+def _close_output() -> None:
+    """Keep Python from failing once more, at its end, to write what nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -93,12 +140,17 @@ def _train_here(given: dict[str, Any]) -> int:
         config = processes.from_first(RunFolder(out).read_config).replace(**given)
     else:
         config = TrainConfig(**given)
+        config.validate()
         out = out or Path("runs") / config.run_name()
-    config.validate()
     progress = Progress() if processes.rank() == 0 else None
     try:
         trainer = Trainer(config, out=out, resume=resume, progress=progress)
-        trainer.run()
+        try:
+            trainer.run()
+        except Exception:
+            if not resume and not trainer.history and progress:
+                trainer.folder.discard()
+            raise
     except KeyboardInterrupt:
         return _interrupted("train", out, "config.json")
     if progress is None:

@@ -9,3 +9,16 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """6 training and 2 test images of each of two classes; one class is of another size."""
+    image = pytest.importorskip("PIL.Image")
+    for part, count in (("train", 6), ("test", 2)):
+        for brightness, name, size in ((40, "cat", (32, 32)), (200, "dog", (48, 20))):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                image.new("RGB", size, (brightness, index, 0)).save(folder / f"{index}.png")
+    return tmp_path

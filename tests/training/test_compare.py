@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from wus_ext.training import ConfigError, TrainConfig
+from wus_ext.training import ConfigError, DataError, StorageError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare, read_compare
 from wus_ext.training.report import Run, markdown
 from wus_ext.training.trainer import Trainer
@@ -12,6 +12,8 @@ from wus_ext.training.trainer import Trainer
 pytest.importorskip("matplotlib")
 
 from . import tiny
+from .test_lock import free
+from .test_runfolder import fails_for
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -201,6 +203,91 @@ def test_an_interrupted_comparison_resumes_and_repeats_nothing(tmp_path, small, 
 
     monkeypatch.setattr(Trainer, "__init__", lambda *a, **k: pytest.fail("trained again"))
     assert [r.history for r in compare(config, tmp_path, resume=True)] == [r.history for r in runs]
+
+
+def torn(text):
+    return text[:-40]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [torn, lambda text: '{"step": 1}\n' + text, lambda text: text + text, lambda text: ""],
+    ids=["torn", "foreign", "twice", "empty"],
+)
+@pytest.mark.filterwarnings("ignore::wus_ext.training.RunWarning")
+def test_damaged_metrics_are_mended_and_nothing_is_trained_again(
+    tmp_path, small, monkeypatch, damage
+):
+    config = CompareConfig(base=tiny.CONFIG, control=False)
+    runs = compare(config, tmp_path)
+    paths = sorted(tmp_path.rglob("metrics.jsonl"))
+    whole = [path.read_text() for path in paths]
+    for path, text in zip(paths, whole, strict=True):
+        path.write_text(damage(text))
+    monkeypatch.setattr(Trainer, "__init__", lambda *a, **k: pytest.fail("trained again"))
+    assert [r.history for r in compare(config, tmp_path, resume=True)] == [r.history for r in runs]
+    assert [path.read_text() for path in paths] == whole
+
+
+def test_of_a_finished_run_the_checkpoints_may_be_removed(tmp_path, small, monkeypatch):
+    config = CompareConfig(base=tiny.CONFIG, control=False)
+    runs = compare(config, tmp_path)
+    for path in tmp_path.rglob("*.pt"):
+        path.unlink()
+    monkeypatch.setattr(Trainer, "__init__", lambda *a, **k: pytest.fail("trained again"))
+    assert [r.history for r in compare(config, tmp_path, resume=True)] == [r.history for r in runs]
+    metrics = next(tmp_path.rglob("metrics.jsonl"))
+    metrics.write_text(torn(metrics.read_text()))
+    with pytest.raises(DataError, match=r"last\.pt is missing"):
+        compare(config, tmp_path, resume=True)
+
+
+def test_a_run_of_other_settings_is_not_taken_for_one_of_the_comparison(tmp_path, small):
+    config = CompareConfig(base=tiny.CONFIG, control=False)
+    compare(config, tmp_path)
+    path = tmp_path / "vgg11" / "wus-seed0" / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.05', '"lr": 0.5'))
+    with pytest.raises(ConfigError, match=r"cannot resume .*wus-seed0: lr is 0\.5 there, 0\.05 he"):
+        compare(config, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "expected names with values, got list"),
+        ('{"seeds": "2"}', "seeds must be an integer, got '2'"),
+        ('{"control": "no"}', "control must be true or false"),
+        ('{"train_gamma": "no"}', "train_gamma must be true or false"),
+    ],
+)
+def test_unreadable_settings_are_named(tmp_path, content, message):
+    (tmp_path / "compare.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"compare\.json is not readable: {message}"):
+        read_compare(tmp_path)
+
+
+def test_a_comparison_locks_its_folder_and_leaves_it(tmp_path, small, monkeypatch):
+    original, seen = Trainer.run_epoch, []
+
+    def run_epoch(self):
+        seen.append(free(tmp_path))
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+    compare(CompareConfig(base=tiny.CONFIG, methods=("baseline",)), tmp_path)
+    assert seen == [False] * 4
+    assert not list(tmp_path.rglob(".lock"))
+
+
+@pytest.mark.parametrize("name", ["compare.json", "table.md", "table.csv", "plot.png"])
+def test_what_cannot_be_written_is_named(tmp_path, small, monkeypatch, name):
+    config = CompareConfig(base=tiny.CONFIG, methods=("baseline",))
+    fails_for(name, monkeypatch)
+    with pytest.raises(StorageError, match=rf"cannot write .*{name}: No space left on device"):
+        compare(config, tmp_path / "out")
+    monkeypatch.undo()
+    assert (tmp_path / "out").exists() == (name != "compare.json")
 
 
 def test_a_resumed_comparison_may_get_more_seeds(tmp_path, small):

@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -6,26 +5,17 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext.training import ConfigError, DataError, TrainConfig, Trainer, TrainingError, train
-from wus_ext.training.checkpoint import link_atomic, load_checkpoint, write_atomic
-from wus_ext.training.runfolder import RunFolder
+from wus_ext.training import (
+    ConfigError,
+    TrainConfig,
+    Trainer,
+    TrainingError,
+    load_checkpoint,
+    train,
+)
 
 from . import tiny
-
-
-def trainer(out=None, resume=False, data=None, build=tiny.build, **settings):
-    return Trainer(
-        tiny.CONFIG.replace(**settings),
-        out=out,
-        resume=resume,
-        data=data or tiny.data(),
-        build=build,
-    )
-
-
-def weights(run):
-    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
-
+from .tiny import trainer, weights
 
 METHODS = ["baseline", "fused", "wus", "wus+lr"]
 
@@ -164,133 +154,6 @@ def test_nan_stops_and_keeps_the_last_good_epoch(tmp_path):
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
-
-
-# The folder of a run
-
-
-def test_a_run_folder_holds_settings_metrics_and_checkpoints(tmp_path):
-    run = trainer(out=tmp_path / "run")
-    run.run()
-    folder = tmp_path / "run"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "best.pt", "config.json", "last.pt", "metrics.jsonl"
-    ]  # fmt: skip
-    content = json.loads((folder / "config.json").read_text())
-    assert TrainConfig.from_dict(content["config"]) == run.config
-    assert RunFolder(folder).history() == run.history
-    for name, epoch in (("last.pt", 4), ("best.pt", run.best_epoch)):
-        assert torch.load(folder / name, weights_only=True)["epoch"] == epoch
-    accuracies = [record["test_accuracy"] for record in run.history]
-    assert run.best_epoch == 1 + accuracies.index(max(accuracies))
-
-
-@pytest.mark.parametrize("amp", ["off", "fp16"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop", [0, 1, 3])
-def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path, method, amp, stop):
-    whole = trainer(method=method, amp=amp)
-    whole.run()
-    first = trainer(out=tmp_path, method=method, amp=amp)
-    for _ in range(stop):
-        first.run_epoch()
-    torch.rand(7)
-    second = trainer(out=tmp_path, method=method, amp=amp, resume=True)
-    assert len(second.history) == stop
-    second.run()
-    assert torch.equal(weights(second), weights(whole))
-    timeless = [
-        {k: v for k, v in r.items() if "second" not in k} for r in second.history + whole.history
-    ]
-    assert timeless[:4] == timeless[4:]
-    assert method in ("baseline", "fused") or any(record["skipped"] for record in whole.history)
-
-
-def test_resuming_repairs_what_a_crash_left_behind(tmp_path):
-    run = trainer(out=tmp_path)
-    run.run_epoch(), run.run_epoch()
-    metrics = tmp_path / "metrics.jsonl"
-    whole = metrics.read_text()
-    metrics.write_text(whole + '{"epoch": 3, "torn')
-    (tmp_path / ".last.pt.tmp").write_bytes(b"half a checkpoint")
-    resumed = trainer(out=tmp_path, resume=True)
-    assert metrics.read_text() == whole
-    assert len(resumed.run()) == 4
-    assert len(RunFolder(tmp_path).history()) == 4
-    assert not (tmp_path / ".last.pt.tmp").exists()
-
-
-def test_resuming_a_finished_run_does_nothing(tmp_path):
-    done = trainer(out=tmp_path)
-    done.run()
-    again = trainer(out=tmp_path, resume=True)
-    assert again.finished
-    assert again.run() == done.history
-
-
-@pytest.mark.parametrize(
-    ("prepare", "resume", "error", "message"),
-    [
-        (lambda out: trainer(out=out), False, ConfigError, "already holds a run"),
-        (lambda out: (out / "thesis.txt").write_text(""), False, ConfigError, "is no run"),
-        (lambda out: None, True, ConfigError, "no run to resume"),
-        (
-            lambda out: trainer(out=out, lr=0.1, seed=3),
-            True,
-            ConfigError,
-            "lr is 0.1 there, 0.05 here; seed is 3 there, 0 here",
-        ),
-        (
-            lambda out: (trainer(out=out).run_epoch(), (out / "last.pt").write_bytes(b"PK")),
-            True,
-            DataError,
-            r"last\.pt is not a readable checkpoint",
-        ),
-        (
-            lambda out: (trainer(out=out), (out / "config.json").write_text("{")),
-            True,
-            ConfigError,
-            r"config\.json is not readable",
-        ),
-    ],
-    ids=["existing", "foreign", "absent", "contradiction", "checkpoint", "config"],
-)
-def test_a_folder_that_does_not_fit_is_refused(tmp_path, prepare, resume, error, message):
-    prepare(tmp_path)
-    with pytest.raises(error, match=message):
-        trainer(out=tmp_path, resume=resume)
-
-
-# Atomic files
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    write_atomic(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"new")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_a_linked_file_does_not_follow_later_writes(tmp_path, monkeypatch, links):
-    if not links:
-
-        def refuse(*paths):
-            raise OSError("no links here")
-
-        monkeypatch.setattr("os.link", refuse)
-    last, best = tmp_path / "last", tmp_path / "best"
-    write_atomic(last, lambda file: file.write(b"1"))
-    link_atomic(last, best)
-    write_atomic(last, lambda file: file.write(b"2"))
-    assert (last.read_bytes(), best.read_bytes()) == (b"2", b"1")
 
 
 # Settings

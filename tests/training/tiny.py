@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from wus_ext.training import Data, MemorySplit, TrainConfig
+from wus_ext.training import Data, MemorySplit, TrainConfig, Trainer
 from wus_ext.training.augment import Normalize
 from wus_ext.training.seeding import generator
 
@@ -37,3 +37,17 @@ def data(train=36, test=10, validation=None):
         classes=["dark", "bright"],
         normalize=Normalize(*train_split.statistics()),
     )
+
+
+def trainer(out=None, resume=False, build=build, **settings):
+    images = settings.pop("data", None) or data()
+    config = CONFIG.replace(**settings)
+    return Trainer(config, out=out, resume=resume, data=images, build=build)
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def folder_config(tree, **settings):
+    return TrainConfig(dataset="folder", data_dir=str(tree), **settings)

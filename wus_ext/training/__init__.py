@@ -9,9 +9,17 @@
 ['epoch', 'eval_seconds', 'images_per_second']
 """
 
+from .checkpoint import load_checkpoint
 from .config import TrainConfig
 from .data import Data, load_data
-from .errors import ConfigError, DataError, MissingExtra, TrainingError
+from .errors import (
+    ConfigError,
+    DataError,
+    MissingExtra,
+    RunWarning,
+    StorageError,
+    TrainingError,
+)
 from .progress import Progress
 from .splits import FileSplit, MemorySplit
 from .trainer import Trainer, train
@@ -24,9 +32,12 @@ __all__ = [
     "MemorySplit",
     "MissingExtra",
     "Progress",
+    "RunWarning",
+    "StorageError",
     "TrainConfig",
     "Trainer",
     "TrainingError",
+    "load_checkpoint",
     "load_data",
     "train",
 ]

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_atomic
 from .config import METHODS, RELOCATABLE, SKIPPING, TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError
+from .files import write_atomic
+from .lock import FolderLock
 from .loop import train_epoch
 from .methods import check_layers
 from .progress import Progress
 from .report import Run, write_report
 from .runfolder import RunFolder, is_free
+from .settings import check_types, differences, from_plain, reading
 from .trainer import Trainer
 
 __all__ = ["CompareConfig", "compare"]
@@ -53,7 +55,8 @@ class CompareConfig:
         Raises:
             ConfigError: naming the first setting that is wrong.
         """
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
+        check_types(self)
+        if self.seeds < 1:
             raise ConfigError(f"seeds must be at least 1, got {self.seeds!r}")
         for name in ("models", "methods"):
             values = getattr(self, name)
@@ -84,11 +87,14 @@ class CompareConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CompareConfig:
-        """The inverse of :meth:`to_dict`."""
-        values = dict(values)
-        own = {name: values.pop(name) for name in ("models", "methods", "seeds", "control")}
-        own |= {name: tuple(own[name]) for name in ("models", "methods")}
-        return cls(base=TrainConfig.from_dict(values), **own)
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: a name is no setting, or a value is none of its.
+        """
+        own = {"models", "methods", "seeds", "control"}
+        base = TrainConfig.from_dict({k: v for k, v in values.items() if k not in own})
+        return from_plain(cls, {"base": base, **{k: values[k] for k in own & values.keys()}})
 
 
 def compare(
@@ -118,15 +124,22 @@ def compare(
         All runs, the controls included.
 
     Raises:
-        ConfigError, DataError, MissingExtra, TrainingError: as :class:`Trainer`.
+        ConfigError, DataError, MissingExtra, StorageError, TrainingError: as :class:`Trainer`.
     """
     config.validate()
     if target is not None and not 0 < target <= 100:
         raise ConfigError(f"target must be in percent, above 0 and at most 100, got {target}")
     out = Path(out).expanduser()
     _check(out, config, resume)
+    with FolderLock(out):
+        _check(out, config, resume)  # another process may have come between
+        return _compare(config, out, target, say)
+
+
+def _compare(
+    config: CompareConfig, out: Path, target: float | None, say: Callable[[str], None] | None
+) -> list[Run]:
     data = load_data(config.base)
-    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     write_atomic(out / "compare.json", lambda file: file.write(text.encode()))
     runs: list[Run] = []
@@ -154,10 +167,8 @@ def read_compare(out: str | Path) -> CompareConfig:
     path = Path(out).expanduser() / "compare.json"
     if not path.is_file():
         raise ConfigError(f"no comparison to resume in {path.parent}: it has no compare.json")
-    try:
-        return CompareConfig.from_dict(json.loads(path.read_text()))
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is not readable: {error}") from error
+    with reading(path) as values:
+        return CompareConfig.from_dict(values)
 
 
 def _check(out: Path, config: CompareConfig, resume: bool) -> None:
@@ -169,15 +180,10 @@ def _check(out: Path, config: CompareConfig, resume: bool) -> None:
             )
         return
     saved, wanted = read_compare(out).to_dict(), config.to_dict()
-    differences = [
-        f"{name} is {saved[name]!r} there, {wanted[name]!r} here"
-        for name in wanted
-        if name not in RELOCATABLE
-        and saved[name] != wanted[name]
-        and not (name == "seeds" and saved[name] < wanted[name])
-    ]
-    if differences:
-        raise ConfigError(f"cannot resume {out}: {'; '.join(differences)}")
+    added = saved["seeds"] < wanted["seeds"]
+    ignore = RELOCATABLE | {"seeds"} if added else RELOCATABLE
+    if found := differences(saved, wanted, ("there", "here"), ignore=ignore):
+        raise ConfigError(f"cannot resume {out}: {'; '.join(found)}")
 
 
 def _train_in_turns(
@@ -188,10 +194,10 @@ def _train_in_turns(
         name: out / config.model / f"{name.replace('+', '-')}-seed{config.seed}"
         for name, config in configs.items()
     }
-    histories = {name: RunFolder(folder).history() for name, folder in folders.items()}
-    trainers = {}
+    histories, trainers = {}, {}
     for name, config in configs.items():
-        if len(histories[name]) < config.epochs:
+        histories[name] = RunFolder(folders[name]).finished(config)
+        if histories[name] is None:
             label = f"{config.model} {name} seed {config.seed}"
             trainers[name] = Trainer(
                 config,

@@ -16,6 +16,7 @@ from ..distributed import processes
 from ..engine.options import ALGORITHMS, FULL, NORMS
 from ..methods.rules import Settings
 from .errors import ConfigError
+from .settings import check_types, from_plain, to_plain
 
 __all__ = ["DATASETS", "METHODS", "MODELS", "TrainConfig"]
 
@@ -175,6 +176,16 @@ class TrainConfig:
         Raises:
             ConfigError: naming the first setting that is wrong, its value and what is wanted.
         """
+        self.check_values()
+        self._check_machine()
+
+    def check_values(self) -> None:
+        """As :meth:`validate`, without what depends on the machine.
+
+        Raises:
+            ConfigError: as :meth:`validate`.
+        """
+        check_types(self)
         for name, field in _FIELDS.items():
             if "choices" in field.metadata:
                 _one_of(name, getattr(self, name), field.metadata["choices"])
@@ -191,15 +202,11 @@ class TrainConfig:
         _number("validation", self.validation, "in [0, 1)", lambda x: 0 <= x < 1)
         _number("memory_budget", self.memory_budget, "at least 0", lambda x: x >= 0)
         if self.packed_budget is not None:
-            _number("packed_budget", self.packed_budget, "at least 0", lambda x: x >= 0)
+            _number("packed_budget", self.packed_budget, "in [0, 2**33)", lambda x: 0 <= x < 2**33)
         _number("lr_drop", self.lr_drop, "in (0, 1)", lambda x: 0 < x < 1)
         _number("bias_lr", self.bias_lr, "positive", lambda x: x > 0)
         if self.full_every is not None:
             _integer("full_every", self.full_every, 2)
-        if isinstance(self.skip_layers, str) or not all(
-            isinstance(pattern, str) for pattern in self.skip_layers
-        ):
-            raise ConfigError(f"skip_layers must be a tuple of patterns, got {self.skip_layers!r}")
         for milestone in self.milestones:
             _number("milestones", milestone, "fractions in (0, 1)", lambda x: 0 < x < 1)
         try:
@@ -212,6 +219,8 @@ class TrainConfig:
             raise ConfigError("train_gamma needs norm 'batch': a layer that trains is not frozen")
         if self.method == "wus+lr" and self.schedule == "constant":
             raise ConfigError("method 'wus+lr' needs the schedule 'cosine' or 'step', or use 'wus'")
+
+    def _check_machine(self) -> None:
         if self.cuda_graphs and processes.count() > 1:
             raise ConfigError("cuda_graphs needs a single process: messages are not recorded")
         device = self.torch_device()
@@ -269,21 +278,18 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        values = dataclasses.asdict(self)
-        return values | {name: list(values[name]) for name in _SEVERAL}
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`; a setting that is not there has its default.
 
         Raises:
-            ConfigError: a name is no setting.
+            ConfigError: a name is no setting, or a value is wrong on any machine.
         """
-        unknown = sorted(set(values) - set(_FIELDS))
-        if unknown:
-            raise ConfigError(f"unknown setting: {', '.join(unknown)}")
-        several = {name: tuple(values[name]) for name in _SEVERAL & values.keys()}
-        return cls(**{**values, **several})
+        config = from_plain(cls, values)
+        config.check_values()
+        return config
 
     def data_path(self) -> Path:
         """``data_dir`` as a path."""
@@ -291,7 +297,6 @@ class TrainConfig:
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-_SEVERAL = {name for name, field in _FIELDS.items() if isinstance(field.default, tuple)}
 
 # Where things are, not what is computed: a run may resume with others.
 RELOCATABLE = frozenset({"data_dir", "download", "memory_budget", "workers", "device"})
@@ -303,14 +308,10 @@ def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
 def _number(name: str, value: Any, wanted: str, good: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or not good(value):
         raise ConfigError(f"{name} must be {wanted}, got {value}")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["ConfigError", "DataError", "MissingExtra", "TrainingError", "require"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "MissingExtra",
+    "RunWarning",
+    "StorageError",
+    "TrainingError",
+    "require",
+]
 
 
 class ConfigError(ValueError):
@@ -18,6 +26,14 @@ class DataError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training went wrong: the loss is no longer a finite number."""
+
+
+class StorageError(OSError):
+    """A file of a run that cannot be written: no space left, no permission."""
+
+
+class RunWarning(UserWarning):
+    """What a user should know about a run, or about its data, while training goes on."""
 
 
 class MissingExtra(ImportError):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import stat
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from .errors import DataError, require
+from .errors import DataError, RunWarning
+from .images import decode_image
 from .splits import FileSplit
 
-__all__ = ["decode_image", "scan_folder"]
+__all__ = ["scan_folder"]
 
-SIZE = 32
+_SHOWN = 5
 
 
 def scan_folder(root: Path, *, workers: int = 0) -> tuple[FileSplit, FileSplit, list[str]]:
@@ -20,47 +23,39 @@ def scan_folder(root: Path, *, workers: int = 0) -> tuple[FileSplit, FileSplit, 
 
     Args:
         root: holds ``train`` and ``test``, each with one folder per class. Hidden files and
-            folders are ignored; every other file counts as an image.
+            folders are ignored; every other file, or link to one, in the folder of a class counts
+            as an image. A warning counts and names whatever else there is, and images that are
+            not in the folder of a class itself: they are left out.
         workers: processes that decode images when the set does not fit into memory.
 
     Raises:
-        DataError: a part or a class is missing or empty, or train and test name other classes.
+        DataError: a part or a class is missing, empty or not readable, or train and test name other
+            classes.
     """
     if not root.is_dir():
         raise DataError(f"no such folder: {root}")
+    try:
+        return _scan(root, workers)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or root}: {error.strerror}") from error
+
+
+def _scan(root: Path, workers: int) -> tuple[FileSplit, FileSplit, list[str]]:
     classes = _classes(root / "train")
     found = _classes(root / "test")
     if found != classes:
         odd = sorted(set(classes) ^ set(found))
         raise DataError(
-            f"{root}: train and test must have the same classes, but {', '.join(odd[:5])} "
+            f"{root}: train and test must have the same classes, but {', '.join(odd[:_SHOWN])} "
             f"{'is' if len(odd) == 1 else 'are'} in only one of them"
         )
     if len(classes) < 2:
         raise DataError(f"{root}: found only the class {classes[0]}, at least 2 are needed")
     return (
-        _scan(root / "train", classes, workers),
-        _scan(root / "test", classes, workers),
+        _split(root / "train", classes, workers),
+        _split(root / "test", classes, workers),
         classes,
     )
-
-
-def decode_image(path: Path) -> Tensor:
-    """Read one image as uint8 of shape (3, 32, 32): RGB, resized when it has another size.
-
-    Raises:
-        DataError: naming the file, when it is no readable image.
-    """
-    image_module = require("PIL.Image", "the folder dataset")
-    try:
-        with image_module.open(path) as image:
-            image = image.convert("RGB")
-            if image.size != (SIZE, SIZE):
-                image = image.resize((SIZE, SIZE), image_module.Resampling.BILINEAR)
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"cannot read {path} as an image: {error}") from error
-    return pixels.view(SIZE, SIZE, 3).permute(2, 0, 1)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -76,13 +71,43 @@ def _classes(part: Path) -> list[str]:
     return classes
 
 
-def _scan(part: Path, classes: list[str], workers: int) -> FileSplit:
+def _split(part: Path, classes: list[str], workers: int) -> FileSplit:
     paths: list[Path] = []
     labels: list[int] = []
+    odd = [entry for entry in _entries(part) if not entry.is_dir()]
     for label, name in enumerate(classes):
-        files = [entry for entry in _entries(part / name) if entry.is_file()]
+        entries = _entries(part / name)
+        files = [entry for entry in entries if entry.is_file()]
+        left_out = [entry for entry in entries if not entry.is_file()]
         if not files:
-            raise DataError(f"the class folder {part / name} has no images")
+            instead = f", only {_named(left_out, part)}" if left_out else ""
+            raise DataError(f"the class folder {part / name} has no images{instead}")
         paths += files
+        odd += left_out
         labels += [label] * len(files)
+    if odd:
+        are = "entry is" if len(odd) == 1 else "entries are"
+        warnings.warn(
+            f"{len(odd)} {are} no <class>/<image> in {part}, and left out: {_named(odd, part)}",
+            RunWarning,
+            stacklevel=2,
+        )
     return FileSplit(paths, torch.tensor(labels), decode_image, workers)
+
+
+def _named(entries: Sequence[Path], part: Path) -> str:
+    named = [f"{entry.relative_to(part)} ({_kind(entry)})" for entry in entries[:_SHOWN]]
+    more = len(entries) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
+
+
+def _kind(entry: Path) -> str:
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return "a link to nothing"
+    if stat.S_ISDIR(mode):
+        files = sum(path.is_file() for path in entry.rglob("*"))
+        return f"a folder with {files} file{'s' * (files != 1)}"
+    kinds = {stat.S_IFREG: "a file", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

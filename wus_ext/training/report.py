@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_atomic
 from .config import TrainConfig
+from .files import write_atomic
 from .plot import draw
 
 __all__ = ["PAPER", "Run", "markdown", "targets", "write_report"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .errors import DataError
 
 __all__ = ["FileSplit", "MemorySplit", "Split", "balanced_order"]
 
@@ -94,8 +97,12 @@ class FileSplit:
             batch_sampler=[part.tolist() for part in order.split(size)],
             num_workers=self.workers,
             pin_memory=on_gpu,
+            collate_fn=_collate,
         )
-        for images, labels in loader:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            images, labels = batch
             yield (
                 images.to(self.device, non_blocking=on_gpu),
                 labels.to(self.device, non_blocking=on_gpu),
@@ -118,8 +125,16 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.split.decode(self.split.paths[index]), self.split.labels[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | DataError:
+        try:
+            return self.split.decode(self.split.paths[index]), self.split.labels[index]
+        except DataError as error:  # raised in a worker, its message would be a traceback
+            return error
+
+
+def _collate(items: Sequence[tuple[Tensor, Tensor] | DataError]) -> Any:
+    errors = [item for item in items if isinstance(item, DataError)]
+    return errors[0] if errors else default_collate(items)
 
 
 Split = MemorySplit | FileSplit

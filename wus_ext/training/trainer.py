@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,17 +17,16 @@ from ..conversion.parameters import skipped_now
 from ..distributed import processes
 from .config import TrainConfig
 from .data import Data, load_data
-from .errors import ConfigError, DataError, TrainingError
+from .errors import ConfigError, DataError, RunWarning, TrainingError
 from .loop import evaluate, train_epoch
 from .methods import build_model, build_policy, build_scheduler
 from .progress import Progress
 from .runfolder import RunFolder
 from .seeding import mix
 from .skipping import skipped_epoch
+from .state import FORMAT
 
 __all__ = ["Trainer", "train"]
-
-_FORMAT = 1
 
 
 class Trainer:
@@ -53,8 +53,10 @@ class Trainer:
         replica: the model, wrapped in ``DistributedDataParallel`` where there are several.
 
     Raises:
-        ConfigError: a setting is wrong, or contradicts the run in ``out``.
+        ConfigError: a setting is wrong, or contradicts the run in ``out``, or another process
+            trains there.
         DataError: the dataset or the checkpoint is not usable.
+        StorageError: the first files of the run cannot be written.
         MissingExtra: the dataset needs a package that is not installed.
 
     >>> config = TrainConfig(
@@ -80,10 +82,24 @@ class Trainer:
         self.config, self.progress = config, progress
         self.device = config.torch_device()
         self.folder = RunFolder(out) if out is not None else None
+        state = None
         if self.folder:
-            processes.from_first(lambda: self.folder.check(config, resume=resume))
-        self.data = data or _load_once(config)
+            state = processes.from_first(lambda: self.folder.open(config, resume=resume))
+        try:
+            self._set_up(data, build)
+            if state is not None:
+                self._load_state_dict(state)
+            if self.folder:
+                processes.from_first(lambda: self.folder.begin(config, state))
+                self._finish()
+        except BaseException:
+            if self.folder:
+                self.folder.release()
+            raise
 
+    def _set_up(self, data: Data | None, build: Callable[[int], nn.Module] | None) -> None:
+        config = self.config
+        self.data = data or _load_once(config)
         torch.manual_seed(mix(config.seed, "weights"))
         self.model = build_model(config, len(self.data.classes), build).to(self.device)
         if config.channels_last:
@@ -102,21 +118,12 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
 
-        if self.folder:
-            state = processes.from_first(self._open_folder)
-            if state:
-                self._load_state_dict(state)
-
     def _replicate(self) -> nn.Module:
         """The model as it trains: one of several replicas, or itself."""
         if processes.count() == 1:
             return self.model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(self.model, device_ids=device_ids)
-
-    def _open_folder(self) -> dict[str, Any] | None:
-        self.folder.create(self.config)
-        return self.folder.restore()
 
     @property
     def finished(self) -> bool:
@@ -134,6 +141,7 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is no longer finite. The run's files keep the epoch before.
+            StorageError: the epoch cannot be stored; so do they then.
         """
         config, data = self.config, self.data
         epoch = len(self.history) + 1
@@ -237,12 +245,17 @@ class Trainer:
         if best:
             self.best_epoch = record["epoch"]
         if self.folder and processes.rank() == 0:
-            self.folder.save(self.state_dict(), record, best=best)
+            self.folder.save(self.state_dict(), best=best)
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.finished and processes.rank() == 0:
+            self.folder.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, as tensors and plain values."""
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "config": self.config.to_dict(),
             "processes": processes.count(),
             "epoch": len(self.history),
@@ -257,20 +270,25 @@ class Trainer:
         }
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("format") != _FORMAT:
-            raise DataError(f"{self.folder.last} has format {state.get('format')}, not {_FORMAT}")
         if state.get("processes", 1) != processes.count():
             raise ConfigError(
                 f"cannot resume {self.folder.path}: it trained in {state['processes']} processes, "
                 f"here are {processes.count()}"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.policy:
-            self.policy.load_state_dict(state["policy"])
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for owner, name in ((self.scheduler, "scheduler"), (self.policy, "policy")):
+                if owner:
+                    owner.load_state_dict(state[name])
+            self.scaler.load_state_dict(state["scaler"])
+            for parameter, values in self.optimizer.state.items():
+                momentum = values.get("momentum_buffer")
+                if momentum is not None and momentum.shape != parameter.shape:
+                    raise ValueError(f"momentum of {list(momentum.shape)}")
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"{self.folder.last} does not fit the settings ({reason})") from error
         self.history, self.best_epoch = state["history"], state["best_epoch"]
 
     def _diverged(self, epoch: int, rate: float) -> str:
@@ -285,7 +303,11 @@ def _load_once(config: TrainConfig) -> Data:
     """Loads the data, in the first process before the others, so that one downloads."""
     loaded: list[Data] = []
     processes.from_first(lambda: loaded.append(load_data(config)))
-    return loaded[0] if loaded else load_data(config)
+    if loaded:
+        return loaded[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)  # the first process has said it
+        return load_data(config)
 
 
 def train(config: TrainConfig, **options: Any) -> list[dict[str, Any]]:
