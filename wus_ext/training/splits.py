@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ class FileSplit:
         return MemorySplit(torch.stack(images), self.labels[::every])
 
 
-class _Files(Dataset):
+class _Files(Dataset[Any]):
     def __init__(self, split: FileSplit) -> None:
         self.split = split
 
