@@ -48,7 +48,7 @@ def draw(runs: Sequence[Run], config: TrainConfig, file: BinaryIO) -> None:
     figure.savefig(file, format="png")
 
 
-def _panel(figure: Any, cell: Any, model: str, runs: Sequence[Run]) -> None:
+def _panel(figure, cell, model: str, runs: Sequence[Run]) -> None:
     methods = [run for run in runs if not run.control]
     skipping = [run for run in methods if run.method in SKIPPING]
     parts = cell.subgridspec(2, 1, height_ratios=[12, max(1, len(skipping))], hspace=0.04)
