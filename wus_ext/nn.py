@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ def is_bias(name: str) -> bool:
     """Whether a parameter of this name trains in a skip step: ``bias``, ``in_proj_bias``, ..."""
     return "bias" in name.rsplit(".", 1)[-1].split("_")
 
+
 if TYPE_CHECKING:  # the layers that mixins are mixed in with
     _StockModule = nn.Module
     _StockConv = nn.modules.conv._ConvNd
@@ -63,7 +64,7 @@ class SkipLayer(_StockModule):
     skip_biases: bool = False
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         if (
             self.skip_wgrad
             and name in self._parameters
@@ -247,7 +248,7 @@ class _BatchNorm(DropIn, _StockBatchNorm):
         if momentum is None:
             momentum = 0.0
             if self.training and self.track_running_stats:
-                momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)
+                momentum = 1.0 / (float(cast(Tensor, self.num_batches_tracked)) + 1.0)
         given = not self.training or self.track_running_stats
         parameters, buffers = self._parameters, self._buffers
         output = deferral.append_norm(
