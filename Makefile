@@ -1,31 +1,46 @@
 # The two commands: `make demo` and `make test`. Everything they need is set up in .venv first.
 #
-#   PYTHON=python3.12 make test     another interpreter (3.11 to 3.13)
+#   PYTHON=python3.12 make test     another interpreter (3.11 or newer)
+#   TORCH===2.11.0 make test        another torch than the newest (2.11 or newer)
 #   FORCE_CUDA=1 make test          a missing CUDA toolkit is an error
 #   FORCE_CPU=1 make test           leaves the CUDA part out
 
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
+TORCH ?= >=2.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
+FORMATTED := $(filter %.h %.cpp %.inl %.cu %.cuh,$(CSRC))
+# Of a line of ninja's, which is a whole compiler command, how far it is and the file.
+PROGRESS := sed -uE 's,^(\[[0-9]+/[0-9]+[^]]*\]).* -c ([^ ]*/)?csrc/([^ ]+) -o .*,\1 csrc/\3,'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format cuda-toolkit sanitize clean
+.PHONY: help setup demo test lint format coverage coverage-cpp coverage-python sanitize \
+  sanitize-threads sdist wheel matrix cuda-toolkit clean
 
 help:
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: $(VENV)/.built ## virtual environment with everything in it, and the built extension
+setup: $(VENV)/.installed ## virtual environment with everything in it, and the built extension
 
 $(VENV)/.packages: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: set PYTHON")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}: set PYTHON")'
+	@echo "wus_ext: downloading packages, some 3 GB, nearly all of it torch with its CUDA libraries"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch>=2.11" torchvision ninja numpy "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install "torch$(TORCH)" torchvision --group dev
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(CSRC)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
-	@$(BIN)/python -c 'import wus_ext; print("wus_ext:", wus_ext.build_info())'
+	$(BIN)/python setup.py -q build_ext --inplace 2>&1 | $(PROGRESS)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.built pyproject.toml
+	@echo "wus_ext: installing what the command line, the callbacks and the tests use"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,integrations]"
+	@$(BIN)/python -c 'import wus_ext; print("wus_ext is built:", wus_ext.build_info())'
 	@touch $@
 
 demo: setup ## WUS and WUS+LR against stock PyTorch on real images: table and plot in runs/demo
@@ -37,26 +52,64 @@ demo: setup ## WUS and WUS+LR against stock PyTorch on real images: table and pl
 test: setup ## all tests
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-lint: setup ## ruff and clang-format, changing nothing
+lint: $(VENV)/.packages ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.inl %.cu %.cuh,$(CSRC))
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
-format: setup ## ruff and clang-format, in place
+format: $(VENV)/.packages ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.inl %.cu %.cuh,$(CSRC))
+	$(BIN)/clang-format -i $(FORMATTED)
 
-SANITIZED := build/sanitized/lib
+# The C++ built apart, with $(1) = address, thread or coverage in it, and its tests.
+NATIVE_TESTS := tests/cpu tests/engine tests/test_functional.py
+define instrumented
+	WUS_INSTRUMENT=$(1) FORCE_CPU=1 $(BIN)/python setup.py -q build \
+	  --build-base build/$(1) --build-lib build/$(1)/lib 2>&1 | $(PROGRESS)
+endef
+define preloaded
+LD_PRELOAD="$(foreach library,$(2) libstdc++.so,$$(g++ -print-file-name=$(library)))" \
+	  WUS_INSTRUMENT=$(1) PYTHONPATH=build/$(1)/lib $(BIN)/python -m pytest -q -p wus_ext -p no:cacheprovider
+endef
+
 sanitize: setup ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on its tests
-	WUS_SANITIZE=1 FORCE_CPU=1 $(BIN)/python setup.py -q build --build-base build/sanitized --build-lib $(SANITIZED)
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	  WUS_SANITIZE=1 $(BIN)/pytest -q -p wus_ext -p no:cacheprovider tests/cpu tests/cuda tests/engine tests/engine $(PYTEST_ARGS)
+	$(call instrumented,address)
+	ASAN_OPTIONS=detect_leaks=0 $(call preloaded,address,libasan.so libubsan.so) \
+	  $(NATIVE_TESTS) tests/cuda $(PYTEST_ARGS)
+
+sanitize-threads: setup ## the C++ under ThreadSanitizer, on its tests
+	$(call instrumented,thread)
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0 OMP_NUM_THREADS=3 \
+	  $(call preloaded,thread,libtsan.so) $(NATIVE_TESTS) $(PYTEST_ARGS)
+
+coverage: coverage-cpp coverage-python ## which lines the tests run
+
+coverage-cpp: setup ## which lines of the C++ its tests run
+	$(call instrumented,coverage)
+	find build -name '*.gcda' -delete
+	$(call preloaded,coverage,) $(NATIVE_TESTS) tests/cuda $(PYTEST_ARGS)
+	$(BIN)/gcovr
+
+coverage-python: setup ## which lines of the Python package all tests run
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/coverage combine
+	$(BIN)/coverage report
+
+sdist: setup ## the sources, in dist/
+	$(BIN)/python -m build --sdist --no-isolation
+
+wheel: sdist ## a wheel for the CPU, made from the sources in dist/ and tried in an environment of its own
+	PYTHON=$(abspath $(BIN)/python) tests/wheel.sh
+
+matrix: ## builds and tests with PYTHON and TORCH in a temporary environment
+	tests/matrix.sh $(PYTHON) $(TORCH)
 
 cuda-toolkit: $(VENV)/.packages ## pip's CUDA compiler, of the version that torch was built with, and cudnn-frontend's headers
 	$(BIN)/python -c 'from importlib.metadata import version; print("cuda-toolkit[nvcc,cccl,cudart]==" + version("cuda-toolkit"))' | xargs $(BIN)/pip install --quiet
 	$(BIN)/pip install --quiet --no-deps "nvidia-cudnn-frontend>=1.32" || echo "cuDNN's graphs will be left out"
 
 clean: ## removes the virtual environment and everything built
-	rm -rf $(VENV) build *.egg-info wus_ext/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info wus_ext/*.so .*_cache .coverage*

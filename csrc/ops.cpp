@@ -1,9 +1,10 @@
 // Every operator's schema, and the Python module with what the build knows of itself.
 // Kernels register themselves beside their code: autograd/, cpu/, cuda/.
-#include <ATen/Version.h>
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
+#include "build_config.h"
 #include "cpu/simd/dispatch.h"
 #include "deferral/bindings.h"
 
@@ -149,17 +150,17 @@ namespace {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
-#ifdef WUS_WITH_CUDA
-  info["cuda"] = WUS_CUDA_VERSION;
+  for (const char* absent : {"cuda", "cuda_archs", "without_cuda", "cudnn_frontend"}) {
+    info[absent] = pybind11::none();
+  }
+#ifdef WUS_CUDA
+  info["cuda"] = WUS_CUDA;
   info["cuda_archs"] = WUS_CUDA_ARCHS;
 #else
-  info["cuda"] = pybind11::none();
-  info["cuda_archs"] = pybind11::none();
+  info["without_cuda"] = WUS_WITHOUT_CUDA;
 #endif
 #ifdef WUS_CUDNN_FRONTEND
   info["cudnn_frontend"] = WUS_CUDNN_FRONTEND;
-#else
-  info["cudnn_frontend"] = pybind11::none();
 #endif
   info["cpu_capability"] = wus::cpu::isa_name();
   return info;

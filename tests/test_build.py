@@ -7,15 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import setuptools
 import torch
 
 import wus_ext
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(wus_ext.__file__).parent
+OLDEST_SETUPTOOLS = 77
 HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 
@@ -87,21 +92,89 @@ def test_build_info():
     info = wus_ext.build_info()
     assert set(info) == {
         *("version", "python", "torch", "cpu_capability"),
-        *("cuda", "cuda_archs", "cudnn_frontend"),
+        *("cuda", "cuda_archs", "without_cuda", "cudnn_frontend"),
     }
     assert info["version"] == wus_ext.__version__
+    assert (info["cuda"] is None) == bool(info["without_cuda"])
+
+
+def setup_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("wus_ext_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def build(monkeypatch):
     """setup.py as a module, on a torch built with CUDA 13.2 and with nothing in the environment."""
-    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "FORCE_CPU"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "FORCE_CPU", "MAX_JOBS", "WUS_INSTRUMENT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    spec = importlib.util.spec_from_file_location("wus_ext_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_module()
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "76.1"])
+def test_an_old_setuptools_is_one_sentence(monkeypatch, version):
+    monkeypatch.setattr(setuptools, "__version__", version)
+    with pytest.raises(SystemExit) as left:
+        setup_module()
+    assert left.value.code == (
+        f"wus_ext needs setuptools 77 or newer to build, and {version} is installed: "
+        'pip install "setuptools>=77"'
+    )
+
+
+def test_an_unknown_instrument_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("WUS_INSTRUMENT", "memory")
+    with pytest.raises(SystemExit, match="'memory' is none of address, thread, coverage"):
+        setup_module()
+
+
+def test_the_expected_time_follows_cores_and_files(build, monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.delenv("NINJA_STATUS", raising=False)
+    build.announce(["csrc/a.cpp", "csrc/b.cpp"], 0)
+    cpu = capsys.readouterr().out
+    assert f"2 files to compile, some {build.CPU_SECONDS} s of processor time" in cpu
+    assert "min on 4 cores" in cpu
+    monkeypatch.setenv("MAX_JOBS", "1")
+    build.announce(["csrc/a.cpp", "csrc/b.cu"], 3)
+    both = capsys.readouterr().out
+    assert f"some {build.CPU_SECONDS + 3 * build.CUDA_SECONDS} s" in both
+    assert "min on 1 core," in both
+
+
+def test_the_header_is_written_where_it_changed(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    header = tmp_path / "build" / "generated" / "build_config.h"
+    why = 'C:\\cuda: "nothing"'
+    build.write_config({"cuda": None, "without_cuda": why})
+    assert header.read_text() == '#define WUS_WITHOUT_CUDA "C:\\\\cuda: \\"nothing\\""\n'
+    os.utime(header, (0, 0))
+    build.write_config({"cuda": None, "without_cuda": why})
+    assert header.stat().st_mtime == 0
+    build.write_config({"cuda": "13.2"})
+    assert header.read_text() == '#define WUS_CUDA "13.2"\n'
+
+
+def test_supported_versions_agree():
+    """What is asked for, checked and written about: the same oldest versions, and no newest."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    makefile, readme = (ROOT / "Makefile").read_text(), (ROOT / "README.md").read_text()
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert "v >= (3, 11)" in makefile
+    assert "torch>=2.11" in project["build-system"]["requires"]
+    assert "TORCH ?= >=2.11\n" in makefile
+    assert f"setuptools>={OLDEST_SETUPTOOLS}" in project["build-system"]["requires"]
+    assert f"setuptools>={OLDEST_SETUPTOOLS}" in project["dependency-groups"]["dev"]
+    for words in ("Python 3.11 or newer", "torch 2.11 or newer", '"torch>=2.11" "setuptools>=77"'):
+        assert words in readme
+
+
+def test_an_installation_asks_for_the_torch_that_it_was_built_for():
+    requires = metadata.requires("wus_ext")
+    assert f"torch=={wus_ext.build_info()['torch'].split('+')[0]}" in requires
 
 
 def toolkit(home: Path, release: str = "13.2", without: str = "") -> Path:
@@ -119,10 +192,11 @@ def toolkit(home: Path, release: str = "13.2", without: str = "") -> Path:
 def test_a_complete_toolkit_is_used(build, tmp_path, monkeypatch, capsys):
     home = toolkit(tmp_path / "cuda")
     monkeypatch.setenv("CUDA_HOME", str(home))
-    assert build.find_cuda() == home
+    assert build.find_cuda() == (home, None)
     assert f"building for CPU and CUDA with {home}" in capsys.readouterr().out
     monkeypatch.setenv("FORCE_CPU", "1")
-    assert build.find_cuda() is None
+    assert build.find_cuda() == (None, "FORCE_CPU=1")
+    assert "building for CPU only (FORCE_CPU=1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,10 +213,9 @@ def test_an_incomplete_toolkit_counts_as_none(
 ):
     home = toolkit(tmp_path / "cuda", **options)
     monkeypatch.setattr(build, "toolkits", lambda: iter([tmp_path / "empty", home]))
-    assert build.find_cuda() is None
-    printed = capsys.readouterr().out
-    assert "building for CPU only" in printed
-    assert f"{tmp_path / 'empty'}: no nvcc; {home}: {reason}" in printed
+    why = f"{tmp_path / 'empty'}: no nvcc; {home}: {reason}"
+    assert build.find_cuda() == (None, why)
+    assert f"building for CPU only ({why})" in capsys.readouterr().out
 
 
 def test_force_cuda_without_a_toolkit_names_what_to_install(build, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 ids = {"ids": lambda path: path.relative_to(ROOT).as_posix()}
 
 
@@ -80,3 +80,11 @@ def test_command_line_flags_exist(document, capsys):
         known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         given = {word.split("=")[0] for word in arguments if word.startswith("--")}
         assert given <= known, f"{document.name}: {' '.join(command)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, **ids)
+def test_named_files_exist(document):
+    text = document.read_text()
+    folders = r"(?:csrc|wus_ext|tests|benchmarks|docs|\.ci)"
+    named = re.findall(rf"`({folders}/[\w./-]*)[^`]*`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []

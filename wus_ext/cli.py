@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import platform
 import shlex
 import sys
 import warnings
@@ -16,7 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import build_info, packed_bytes, set_skip
+from . import packed_bytes, set_skip
+from ._machine import describe
 from .distributed import processes
 from .training.compare import CompareConfig, compare, read_compare
 from .training.config import METHODS, MODELS, TrainConfig
@@ -209,25 +209,10 @@ def _interrupted(command: str, out: str | Path, settings: str) -> int:
 
 
 def _info(given: dict[str, Any]) -> int:
-    lines: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    note = ""
-    try:
-        lines |= {f"wus_ext {name}": value for name, value in build_info().items()}
-    except (ImportError, OSError, RuntimeError) as error:
-        note = f"the compiled extension is not available: {error}"
-    lines["cpu capability of torch"] = torch.backends.cpu.get_cpu_capability()
-    lines["threads"] = torch.get_num_threads()
-    gpus = range(torch.cuda.device_count())
-    lines["gpus"] = [torch.cuda.get_device_name(gpu) for gpu in gpus] or "none"
-    for name, value in lines.items():
-        if isinstance(value, list | tuple):
-            value = ", ".join(map(str, value)) or "none"
+    for name, value in describe().items():
         print(f"{name}: {value}")
-    if note:
-        print(note)
-    else:
-        costs = ", ".join(f"{name} {_packed_mib(name)} MiB" for name in MODELS)
-        print(f"transformed weights in a skip window (CPU, float32, --algo auto): {costs}")
+    costs = ", ".join(f"{name} {_packed_mib(name)} MiB" for name in MODELS)
+    print(f"transformed weights in a skip window (CPU, float32, --algo auto): {costs}")
     return 0
 
 
@@ -347,13 +332,13 @@ def _add_option(group: Any, name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     text = field.metadata["help"].replace("%", "%%")
     if isinstance(field.default, bool):
-        shown = "yes" if field.default else "no"
+        yes = "yes" if field.default else "no"
         group.add_argument(
-            flag, action=argparse.BooleanOptionalAction, help=f"{text} (default: {shown})"
+            flag, action=argparse.BooleanOptionalAction, help=f"{text} (default: {yes})"
         )
         return
     options: dict[str, Any] = {"type": field.metadata.get("type", type(field.default))}
-    shown = field.metadata.get("unset", "all") if field.default is None else field.default
+    shown: Any = field.metadata.get("unset", "all") if field.default is None else field.default
     if isinstance(field.default, tuple):
         options["nargs"] = "+"
         shown = " ".join(map(str, field.default)) or "all"

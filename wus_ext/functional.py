@@ -252,7 +252,7 @@ def _convolution(
         input, padding = _resolve_padding(input, weight, padding, stride, dilation)
     padding = _numbers("padding", padding, dims)
     transposed = output_padding is not None
-    left_over = _numbers("output_padding", output_padding if transposed else 0, dims)
+    left_over = _numbers("output_padding", output_padding or 0, dims)
     numbers = (stride, padding, dilation, transposed, left_over, groups)
     if input.dim() == dims + 1:
         output = torch.ops.wus.convolution(
@@ -352,22 +352,22 @@ def _resolve_padding(
 
 @torch.library.register_fake("wus::convolution")
 def _(
-    input,
-    weight,
-    bias,
-    stride,
-    padding,
-    dilation,
-    transposed,
-    output_padding,
-    groups,
-    skip_wgrad=False,
-):
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    skip_wgrad: bool = False,
+) -> Tensor:
     return torch.ops.aten.convolution(
         input, weight, bias, stride, padding, dilation, transposed, output_padding, groups
     )
 
 
 @torch.library.register_fake("wus::linear")
-def _(input, weight, bias, skip_wgrad):
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, skip_wgrad: bool) -> Tensor:
     return torch.ops.aten.linear(input, weight, bias)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,16 @@ def is_bias(name: str) -> bool:
     return "bias" in name.rsplit(".", 1)[-1].split("_")
 
 
-class SkipLayer:
+if TYPE_CHECKING:  # the layers that mixins are mixed in with
+    _StockModule = nn.Module
+    _StockConv = nn.modules.conv._ConvNd
+    _StockConvTranspose = nn.modules.conv._ConvTransposeNd
+    _StockBatchNorm = nn.modules.batchnorm._BatchNorm
+else:
+    _StockModule = _StockConv = _StockConvTranspose = _StockBatchNorm = object
+
+
+class SkipLayer(_StockModule):
     """Mixin of every layer that can leave its weight gradients out."""
 
     #: Read in each forward; backward follows what forward decided.
@@ -55,7 +64,7 @@ class SkipLayer:
     skip_biases: bool = False
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         if (
             self.skip_wgrad
             and name in self._parameters
@@ -74,7 +83,7 @@ class DropIn(SkipLayer):
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         # torch.fx takes torch.nn's own layers for leaves, and so it should take these.
         if args and isinstance(args[0], fx.Proxy):
-            tracer = args[0].tracer
+            tracer: Any = args[0].tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return super()._call_impl(*args, **kwargs)
 
@@ -83,7 +92,7 @@ class DropIn(SkipLayer):
         return bias.detach() if self.skip_biases and bias is not None else bias
 
 
-class _Conv(DropIn):
+class _Conv(DropIn, _StockConv):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if len(self.stride) == 2 and (engine := engine_of_call(self)) is not None:
             output = engine.convolve(self, input)
@@ -91,7 +100,7 @@ class _Conv(DropIn):
                 return output
         if not self.skip_wgrad:
             return super()._conv_forward(input, weight, bias)
-        padding = self.padding
+        padding: functional.Sizes | str = self.padding
         if self.padding_mode != "zeros":
             input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = 0
@@ -132,12 +141,13 @@ class Conv3d(_Conv, nn.Conv3d):
     """:class:`torch.nn.Conv3d` with a skip flag; every ``padding_mode`` included."""
 
 
-class _ConvTranspose(DropIn):
+class _ConvTranspose(DropIn, _StockConvTranspose):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if not self.skip_wgrad:
             return super().forward(input, output_size)
         dims = len(self.stride)
-        output_padding = self._output_padding(
+        stock: Any = self  # whose annotations say lists
+        output_padding = stock._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
         return getattr(functional, f"conv_transpose{dims}d")(
@@ -204,7 +214,7 @@ def count_batch(norm: nn.modules.batchnorm._BatchNorm) -> float:
     return 0.0 if momentum is None else momentum
 
 
-class _BatchNorm(DropIn):
+class _BatchNorm(DropIn, _StockBatchNorm):
     #: In skip steps while training: normalise with the running statistics, which stand still.
     frozen_statistics: bool = False
 
@@ -238,7 +248,7 @@ class _BatchNorm(DropIn):
         if momentum is None:
             momentum = 0.0
             if self.training and self.track_running_stats:
-                momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)
+                momentum = 1.0 / (float(cast(Tensor, self.num_batches_tracked)) + 1.0)
         given = not self.training or self.track_running_stats
         parameters, buffers = self._parameters, self._buffers
         output = deferral.append_norm(

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from wus_ext import build_info
 from wus_ext.cli import main
 from wus_ext.training.config import TrainConfig
 from wus_ext.training.trainer import Trainer
@@ -118,18 +119,15 @@ def test_a_diverged_training_is_code_1(capsys, tmp_path):
     assert "use a lower --lr" in capsys.readouterr().err
 
 
-def test_info_says_what_it_runs_on(capsys, monkeypatch):
+def test_info_says_what_it_runs_on(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    assert f"torch: {torch.__version__}" in out
-    assert "wus_ext version: " in out
-
-    def missing():
-        raise ImportError("wus_ext is not built for this Python")
-
-    monkeypatch.setattr("wus_ext.cli.build_info", missing)
-    assert main(["info"]) == 0
-    assert "not available: wus_ext is not built" in capsys.readouterr().out
+    build = build_info()
+    assert f"torch: {torch.__version__}\n" in out
+    assert f"CPU kernels: {build['cpu_capability']}\n" in out
+    assert f"CUDA part: {build['cuda'] or 'not built: ' + build['without_cuda']}" in out
+    assert "here: " in out
+    assert "transformed weights in a skip window" in out
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):

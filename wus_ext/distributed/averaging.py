@@ -38,7 +38,7 @@ def average_gradients(
         ValueError: if a gradient is sparse.
     """
     grads = [None if joined else parameter.grad for parameter in parameters]
-    parts: dict[tuple, list[Tensor]] = defaultdict(list)
+    parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is not None and grad.is_sparse:
             raise ValueError(

@@ -15,7 +15,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -41,11 +41,16 @@ AVERAGING_HOOKS = frozenset(
     )
 )
 
+if TYPE_CHECKING:  # whatever this is mixed in with
+    _Wrapper = StockDDP
+else:
+    _Wrapper = object
+
 # What a step does about gradients, as told to the processes that have joined.
 SILENT, FULL, SKIP = range(3)
 
 
-class SkipAware:
+class SkipAware(_Wrapper):
     """Mixin of a wrapper that synchronises in a skip step only what the step trains."""
 
     #: Parameters that the skip step under way trains; None in a full step.
@@ -57,7 +62,7 @@ class SkipAware:
     #: What the skip step under way, or the one that this process mirrors, will synchronise.
     _announced: tuple[nn.Parameter, ...] | None = None
     _sync_queued: bool = False
-    _gradient_hooks: tuple = ()
+    _gradient_hooks: tuple[Any, ...] = ()
 
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
         self._begin_step()
@@ -175,11 +180,11 @@ class SkipAware:
         if not is_joined_rank:
             return None
         work.wait()
-        kind, *trained = sent.tolist()
+        kind, *trains = sent.tolist()
         self._announced = None
         if kind == SKIP:
-            pairs = zip(self._module_parameters, trained, strict=True)
-            self._announced = tuple(parameter for parameter, trains in pairs if trains)
+            pairs = zip(self._module_parameters, trains, strict=True)
+            self._announced = tuple(parameter for parameter, its in pairs if its)
         return kind == FULL
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,7 +253,8 @@ def make_skip_aware(ddp: StockDDP) -> None:
     if stock not in _aware_classes:
         _aware_classes[stock] = types.new_class(f"Skip{stock.__name__}", (SkipAware, stock))
     ddp.__class__ = _aware_classes[stock]
-    ddp._reducer_waits = ddp._lazy_init_ran  # nobody watched the steps before
+    aware: Any = ddp
+    aware._reducer_waits = aware._lazy_init_ran  # nobody watched the steps before
 
 
 def check_parameters(model: nn.Module) -> None:

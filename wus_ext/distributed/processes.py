@@ -34,7 +34,7 @@ def gather(value: Value, group: Any = None) -> list[Value]:
     """
     if count(group) == 1:
         return [value]
-    values = [None] * count(group)
+    values: list[Any] = [None] * count(group)
     dist.all_gather_object(values, value, group=group)
     return values
 

@@ -87,7 +87,7 @@ class StepGraphs:
     ) -> None:
         self._step, self._skipping, self._graph = step, skipping, graph
         self._was_skipping = False
-        self._runs: Counter[Hashable] = Counter()
+        self._runs: Counter[tuple[Any, ...]] = Counter()
         self._recorded: dict[Hashable, tuple[Any, Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Any:

@@ -60,7 +60,8 @@ class StepMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._saved = device, {}
+        self._device = device
+        self._saved: dict[bool, int] = {}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)

@@ -201,7 +201,9 @@ def markdown(runs: Sequence[Run], config: TrainConfig, target: float | None = No
             )
     if len(models) > 1:
         for method in methods:
-            lines.append(_line("**average**", method, [r for r in every if r.method == method], 1))
+            lines.append(
+                _line("**average**", method, [r for r in every if r.method == method], True)
+            )
     notes = _notes(any(run.control for run in runs), config, target)
     return "\n".join([*lines, "", *notes]) + "\n"
 

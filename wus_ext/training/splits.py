@@ -118,7 +118,7 @@ class FileSplit:
         return MemorySplit(torch.stack(images), self.labels[::every])
 
 
-class _Files(Dataset):
+class _Files(Dataset[Any]):
     def __init__(self, split: FileSplit) -> None:
         self.split = split
 

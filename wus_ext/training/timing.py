@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._spans: list[tuple] = []
+        self._spans: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:
         self._start = self._mark()
