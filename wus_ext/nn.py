@@ -8,9 +8,8 @@ unless ``skip_biases`` makes it a constant too.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,18 +28,11 @@ class _Inside(threading.local):
 
     active: bool = False
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        before, self.active = self.active, True
-        try:
-            yield
-        finally:
-            self.active = before
-
 
 inside = _Inside()
 
 
+@functools.cache
 def is_bias(name: str) -> bool:
     """Whether a parameter of this name trains in a skip step: ``bias``, ``in_proj_bias``, ..."""
     return "bias" in name.rsplit(".", 1)[-1].split("_")
@@ -67,11 +59,11 @@ class SkipLayer(_StockModule):
         value: Any = super().__getattr__(name)
         if (
             self.skip_wgrad
+            and value is not None
             and name in self._parameters
+            and (self.skip_biases or not is_bias(name))
             and not torch.compiler.is_compiling()
             and inside.active
-            and value is not None
-            and (self.skip_biases or not is_bias(name))
         ):
             return value.detach()
         return value

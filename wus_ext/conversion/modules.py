@@ -33,6 +33,8 @@ class SkipModule(SkipLayer):
     skip_gamma: bool = True
     #: Which layers skip, this module and all inside: None, "some" or "all" of them.
     skip_window: str | None = None
+    #: Whether one of them is TorchScript's.
+    holds_script: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keeps the class made at run time away from what the user's classes do here."""
@@ -40,8 +42,7 @@ class SkipModule(SkipLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.skip_window or self.skip_wgrad or self._forward_hooks):
             return super().forward(*args, **kwargs)
-        with constants(self):
-            output = super().forward(*args, **kwargs)
+        output = with_constants(self, super().forward, *args, **kwargs)
         if self._forward_hooks and not torch.compiler.is_compiling():
             deferral.settle_all()  # a hook may free weights, as fully_shard's does
         return output
@@ -109,15 +110,19 @@ def _in_stock_wrapper() -> bool:
     return wrapper is not None and not hasattr(wrapper, "_trained")
 
 
-@contextmanager
-def constants(root: SkipModule) -> Iterator[None]:
-    """The code inside reads constants where parameters stand still."""
+def with_constants(root: SkipModule, method: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method whose code reads constants where parameters stand still."""
     if torch.compiler.is_compiling():  # one thread, and the compiler does not know ours
         with swapped(root, nn.Module):
-            yield
-        return
-    with inside(), swapped(root, torch.jit.ScriptModule):
-        yield
+            return method(*args, **kwargs)
+    before, inside.active = inside.active, True
+    try:
+        if not root.holds_script:
+            return method(*args, **kwargs)
+        with swapped(root, torch.jit.ScriptModule):
+            return method(*args, **kwargs)
+    finally:
+        inside.active = before
 
 
 class _FlatWeights:
@@ -217,8 +222,7 @@ def _reading_constants(method: Callable) -> Callable:
             or not any(_holds_tensors(arg) for arg in (*args, *kwargs.values()))
         ):
             return method(self, *args, **kwargs)
-        with constants(self):
-            return method(self, *args, **kwargs)
+        return with_constants(self, method, self, *args, **kwargs)
 
     return wrapper
 

@@ -109,6 +109,7 @@ def note_windows(root: nn.Module, skippable: Skippable) -> None:
                 if any(skippable[part].values())
             )
             _set_flag(module, "skip_window", ("all" if whole else "some") if some else None)
+            _set_flag(module, "holds_script", any(map(is_script, module.modules())))
 
 
 def window_of_all(root: nn.Module) -> bool | None:
