@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _build  # noqa: F401  (registers torch.ops.wus)
+from .transforms import in_a_transform
 
 Sizes = int | Sequence[int]
 
@@ -226,7 +227,14 @@ def linear(
     """
     if not skip_wgrad:
         return F.linear(input, weight, bias)
+    if _transformed():
+        return F.linear(input, weight.detach(), bias)
     return torch.ops.wus.linear(input, weight, bias, skip_wgrad=True)
+
+
+def _transformed() -> bool:
+    """Whether stock's operators must run, on a constant: ours are not known to torch.func."""
+    return not torch.compiler.is_compiling() and in_a_transform()
 
 
 def _convolution(
@@ -254,6 +262,13 @@ def _convolution(
     transposed = output_padding is not None
     left_over = _numbers("output_padding", output_padding or 0, dims)
     numbers = (stride, padding, dilation, transposed, left_over, groups)
+    if _transformed():
+        convolve = getattr(F, f"conv_transpose{dims}d" if transposed else f"conv{dims}d")
+        if transposed:
+            numbers = (stride, padding, left_over, groups, dilation)
+        else:
+            numbers = (stride, padding, dilation, groups)
+        return convolve(input, weight.detach(), bias, *numbers)
     if input.dim() == dims + 1:
         output = torch.ops.wus.convolution(
             input.unsqueeze(0), weight, bias, *numbers, skip_wgrad=True

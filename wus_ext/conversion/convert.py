@@ -143,10 +143,12 @@ def _change_classes(root: nn.Module) -> None:
         for module, cls in new:
             module.__class__ = cls
     except TypeError as error:
-        for module, cls in before:
-            module.__class__ = cls
+        rigid = type(module).__name__
+        for changed, cls in before:
+            if type(changed) is not cls:
+                changed.__class__ = cls
         raise TypeError(
-            f"model: the class {type(module).__name__!r} of one of its modules cannot be given a "
+            f"model: the class {rigid!r} of one of its modules cannot be given a "
             f"subclass at run time ({error}); nothing was converted"
         ) from error
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from .._build import deferral
 from ..nn import SkipLayer
+from ..transforms import in_a_transform
 from .chains import Norm, run_conv, run_linear
 from .conv.geometry import Geometry
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
 from .storage_access import settle_before_storage_access
-from .support import TYPES, in_a_transform, on_gpu
+from .support import TYPES, on_gpu
 
 #: What a layer's call depends on, besides its tensors' values.
 Key = tuple[Any, ...]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._build import build_info
+from ..transforms import in_a_transform
 
 #: Types of the fused kernels' tensors, by device.
 TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
@@ -35,14 +36,6 @@ def takes(tensor: Tensor) -> bool:
         and tensor.dtype in TYPES.get(tensor.device.type, ())
         and tensor.layout == torch.strided
         and tensor.numel() > 0
-    )
-
-
-def in_a_transform() -> bool:
-    """Whether torch.func or forward-mode differentiation runs, which fused chains do not know."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
