@@ -28,7 +28,6 @@ found() {
 
 python=$(found "$1")
 if [ "$2" = newest ]; then torch=">=2.11"; else torch="==${2#==}"; fi
-pair="$("$python" -V), torch $2"
 shift 2
 
 folder=$(mktemp -d)
@@ -36,9 +35,8 @@ trap 'rm -rf "$folder"' EXIT
 git ls-files -z --cached --others --exclude-standard |
   tar --create --null --files-from=- --ignore-failed-read | tar --extract --directory="$folder"
 export PIP_NO_CACHE_DIR=1 FORCE_CPU=${FORCE_CPU:-1}
-if make -C "$folder" test PYTHON="$python" TORCH="$torch" PYTEST_ARGS="$*"; then
-  echo "$pair: passed"
-else
-  echo "$pair: failed" >&2
-  exit 1
-fi
+status=0
+make -C "$folder" test PYTHON="$python" TORCH="$torch" PYTEST_ARGS="$*" || status=$?
+installed=$("$folder/.venv/bin/python" -c 'import torch; print(torch.__version__)' || echo "$torch")
+echo "$("$python" -V), torch $installed: $( ((status)) && echo failed || echo passed)"
+exit "$status"

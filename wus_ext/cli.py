@@ -109,11 +109,11 @@ def _warnings_as_lines(command: str) -> Iterator[None]:
     with warnings.catch_warnings():
         shown = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *where: Any, **to: Any) -> None:
             if issubclass(category, RunWarning):
                 print(f"wus-ext {command}: warning: {message}", file=sys.stderr)
             else:
-                shown(message, category, *where)
+                shown(message, category, *where, **to)
 
         warnings.showwarning = show
         yield
@@ -148,7 +148,7 @@ def _train_here(given: dict[str, Any]) -> int:
         try:
             trainer.run()
         except Exception:
-            if not resume and not trainer.history and progress:
+            if not resume and not trainer.history and progress and trainer.folder:
                 trainer.folder.discard()
             raise
     except KeyboardInterrupt:

@@ -84,7 +84,9 @@ def _extract(archive: Path, target: Path, names: Collection[str]) -> None:
                     f"{member.name!r}, {_kind(member)}"
                 )
             if member.isreg() and path.parts[1:] == (path.name,) and path.name in names:
-                with tar.extractfile(member) as source, (target / path.name).open("wb") as file:
+                source = tar.extractfile(member)
+                assert source is not None  # of a regular file
+                with source, (target / path.name).open("wb") as file:
                     shutil.copyfileobj(source, file)
                 missing.discard(path.name)
     if missing:

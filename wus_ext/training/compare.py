@@ -194,10 +194,13 @@ def _train_in_turns(
         name: out / config.model / f"{name.replace('+', '-')}-seed{config.seed}"
         for name, config in configs.items()
     }
-    histories, trainers = {}, {}
+    histories: dict[str, list[dict[str, Any]]] = {}
+    trainers: dict[str, Trainer] = {}
     for name, config in configs.items():
-        histories[name] = RunFolder(folders[name]).finished(config)
-        if histories[name] is None:
+        history = RunFolder(folders[name]).finished(config)
+        if history is not None:
+            histories[name] = history
+        else:
             label = f"{config.model} {name} seed {config.seed}"
             trainers[name] = Trainer(
                 config,

@@ -96,10 +96,9 @@ def load_data(config: TrainConfig) -> Data:
         train, validation = _hold_out(train, config.validation)
     device = config.torch_device()
     parts = [part for part in (train, validation, test) if part is not None]
-    if all(isinstance(part, FileSplit) for part in parts):
-        size = sum(map(len, parts)) * _BYTES_PER_IMAGE
-        if size <= config.memory_budget * 2**30:
-            parts = [part.in_memory() for part in parts]
+    size = sum(map(len, parts)) * _BYTES_PER_IMAGE
+    if size <= config.memory_budget * 2**30:
+        parts = [part.in_memory() if isinstance(part, FileSplit) else part for part in parts]
     parts = [part.to(device) for part in parts]
     return Data(
         train=parts[0],

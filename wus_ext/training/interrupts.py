@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = ["uninterrupted"]
 
@@ -21,7 +22,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    interrupts: list[tuple] = []
+    interrupts: list[Any] = []
     signal.signal(signal.SIGINT, lambda *given: interrupts.append(given))
     try:
         yield

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError, RunWarning, StorageError
 
@@ -82,10 +83,11 @@ class FolderLock:
             ConfigError: as :meth:`acquire`.
             StorageError: a later lock of this process has taken it over.
         """
-        if self._held is None:
-            self.acquire()
-        with self._held.mutex:
-            if self._held.owner() is not self:
+        self.acquire()
+        held = self._held
+        assert held is not None
+        with held.mutex:
+            if held.owner() is not self:
                 raise StorageError(f"{self.path} belongs to a later run of this process by now")
             yield
 
@@ -119,7 +121,7 @@ class _Held:
     def __init__(self, folder: str) -> None:
         self.folder, path = folder, Path(folder, ".lock")
         self.mutex = threading.RLock()
-        self.owner: weakref.ref = weakref.ref(self)
+        self.owner: weakref.ref[Any] = weakref.ref(self)
         self.descriptor = _lock(path)
         self.close = weakref.finalize(self, _unlock, self.descriptor, path, os.getpid())
 

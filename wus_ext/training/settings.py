@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -128,6 +128,4 @@ def reading(path: Path) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"{path} is not readable: {error}") from error
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+_hints: Callable[[type], dict[str, Any]] = functools.cache(get_type_hints)

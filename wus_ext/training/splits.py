@@ -134,7 +134,7 @@ class _Files(Dataset[Any]):
 
 def _collate(items: Sequence[tuple[Tensor, Tensor] | DataError]) -> Any:
     errors = [item for item in items if isinstance(item, DataError)]
-    return errors[0] if errors else default_collate(items)
+    return errors[0] if errors else default_collate(list(items))
 
 
 Split = MemorySplit | FileSplit

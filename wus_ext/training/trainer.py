@@ -81,20 +81,20 @@ class Trainer:
         config.validate()
         self.config, self.progress = config, progress
         self.device = config.torch_device()
-        self.folder = RunFolder(out) if out is not None else None
+        folder = self.folder = RunFolder(out) if out is not None else None
         state = None
-        if self.folder:
-            state = processes.from_first(lambda: self.folder.open(config, resume=resume))
+        if folder is not None:
+            state = processes.from_first(lambda: folder.open(config, resume=resume))
         try:
             self._set_up(data, build)
             if state is not None:
                 self._load_state_dict(state)
-            if self.folder:
-                processes.from_first(lambda: self.folder.begin(config, state))
+            if folder is not None:
+                processes.from_first(lambda: folder.begin(config, state))
                 self._finish()
         except BaseException:
-            if self.folder:
-                self.folder.release()
+            if folder is not None:
+                folder.release()
             raise
 
     def _set_up(self, data: Data | None, build: Callable[[int], nn.Module] | None) -> None:
@@ -176,8 +176,8 @@ class Trainer:
         self._share_buffers()
         validation = self._evaluate(data.validation) if data.validation else None
         test = self._evaluate(data.test)
-        watched = validation if config.watch == "validation" else training
-        self._decide(watched.accuracy)
+        held_out = validation if config.watch == "validation" else None
+        self._decide((held_out or training).accuracy)
         record = {
             "epoch": epoch,
             "lr": rate,
@@ -249,7 +249,7 @@ class Trainer:
             self._finish()
 
     def _finish(self) -> None:
-        if self.finished and processes.rank() == 0:
+        if self.folder and self.finished and processes.rank() == 0:
             self.folder.finish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,9 +270,11 @@ class Trainer:
         }
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
+        folder = self.folder
+        assert folder is not None
         if state.get("processes", 1) != processes.count():
             raise ConfigError(
-                f"cannot resume {self.folder.path}: it trained in {state['processes']} processes, "
+                f"cannot resume {folder.path}: it trained in {state['processes']} processes, "
                 f"here are {processes.count()}"
             )
         try:
@@ -288,7 +290,7 @@ class Trainer:
                     raise ValueError(f"momentum of {list(momentum.shape)}")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise DataError(f"{self.folder.last} does not fit the settings ({reason})") from error
+            raise DataError(f"{folder.last} does not fit the settings ({reason})") from error
         self.history, self.best_epoch = state["history"], state["best_epoch"]
 
     def _diverged(self, epoch: int, rate: float) -> str:
