@@ -47,11 +47,6 @@ def stays_stock(model: nn.Module) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "-"
 
 
-def fused_chains(model: nn.Module) -> str:
-    programs = [program for program in model._skip_programs._programs.values() if program]
-    return str(len(programs[-1].chains)) if programs else "layer by layer"
-
-
 def measure(library: str, case: Case) -> list[str]:
     model = case.build()
     torch.manual_seed(0)
@@ -59,11 +54,14 @@ def measure(library: str, case: Case) -> list[str]:
     full = saved_bytes(model, inputs)
     frozen = saved_bytes(freeze(copy.deepcopy(model)), inputs)
     wus_ext.set_skip(wus_ext.convert(model), True)
+    engine = model._skip_engine
+    engine.record = chains = []
     call(model, inputs)
+    engine.record = None
     skip = saved_bytes(model, inputs)
     return [
         f"{library}: {case.name}",
-        fused_chains(model),
+        str(len(chains)),
         *(f"{size / KIB:.0f}" for size in (full, frozen, skip)),
         f"{skip / full:.2f}",
         f"**{skip / frozen:.2f}**",

@@ -57,7 +57,6 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
                                       std::vector<int64_t> sizes, at::ScalarType dtype) {
   Session* session = Session::current();
   if (session == nullptr || !session->undisturbed()) return std::nullopt;
-  pybind11::object below;
   std::shared_ptr<Chain> source;
   at::Tensor value = input;
   at::MemoryFormat format = at::MemoryFormat::Contiguous;
@@ -71,7 +70,7 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
       source = chain;
       value = at::Tensor();
     } else {
-      value = deferred->value_for(pybind11::object(), below);
+      value = deferred->value();
     }
   } else {
     if (!is_plain(input)) return std::nullopt;
@@ -86,9 +85,16 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
        (source != nullptr && source->requires_grad()));
   const uint64_t behind = source == nullptr ? 0 : source->depth();
   const uint64_t depth = depth_behind({value, shift, weight}) + behind;
-  auto call = std::make_shared<Call>(
-      Call{session->shared_from_this(), std::move(layer), std::move(plan), std::move(below),
-           std::move(source), Read(value), Read(weight), Read(shift), weight_trains, dtype});
+  auto call = std::make_shared<Call>(Call{session->shared_from_this(),
+                                          std::move(layer),
+                                          std::move(plan),
+                                          {},
+                                          std::move(source),
+                                          Read(value),
+                                          Read(weight),
+                                          Read(shift),
+                                          weight_trains,
+                                          dtype});
   return defer(std::make_shared<Chain>(std::move(call), is_conv ? Kind::CONV : Kind::LINEAR,
                                        std::move(sizes), format, differentiable, depth));
 }
@@ -151,8 +157,7 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
   at::Tensor value = residual;
   if (Deferred* deferred = as_deferred(residual)) {
     other_format = deferred->chain()->format();
-    pybind11::object below;
-    value = deferred->value_for(pybind11::object(), below);
+    value = deferred->value();
   } else {
     if (!is_plain(residual)) return std::nullopt;
     other_format = format_of(residual);

@@ -15,7 +15,7 @@ struct NormArguments {
   double momentum, eps;
 };
 
-// A layer's call. `below` of a chain's value is for the engine; `sizes` are the output's.
+// A layer's call; `sizes` are the output's.
 std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object plan, bool is_conv,
                                       const at::Tensor& input, const at::Tensor& weight,
                                       const std::optional<at::Tensor>& bias, bool weight_trains,

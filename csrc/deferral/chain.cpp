@@ -72,7 +72,7 @@ void Call::resolve() const {
   const auto chain = std::exchange(source, nullptr);
   if (chain == nullptr) return;
   if (Deferred* tensor = chain->tensor) {
-    input = Read(tensor->value_for(py::object(), below));
+    input = Read(tensor->value());
   } else if (chain->users > 1 || chain->needed_besides(nullptr)) {
     input = Read(chain->run());
   } else {
@@ -209,30 +209,46 @@ py::object optional(const Read& read, const char* what) {
 
 }  // namespace
 
-py::object Chain::fused(const std::vector<const Chain*>& steps, const py::object& above) const {
-  py::object norm = py::none(), residual = py::none(), noise = py::none();
-  bool relu = false, pool = false;
-  double p = 0;
+Chain::Arguments Chain::arguments(const std::vector<const Chain*>& steps) {
+  Arguments all{py::none(), py::none(), py::none(), false, false, 0};
   for (const Chain* chain : steps) {
     const Step& step = chain->step_;
     if (step.kind == Kind::NORM) {
       const Norm& n = *step.norm;
       n.done = true;
-      norm = py::make_tuple(optional(n.weight, "norm's weight"), optional(n.bias, "norm's bias"),
-                            n.running_mean.unchecked(), n.running_var.unchecked(),
-                            n.batches.unchecked(), n.constant, n.batch, n.momentum, n.eps);
+      all.norm =
+          py::make_tuple(optional(n.weight, "norm's weight"), optional(n.bias, "norm's bias"),
+                         n.running_mean.unchecked(), n.running_var.unchecked(),
+                         n.batches.unchecked(), n.constant, n.batch, n.momentum, n.eps);
     }
-    if (step.kind == Kind::ADD) residual = optional(step.tensor, "other summand");
-    if (step.kind == Kind::DROPOUT) noise = optional(step.tensor, "noise"), p = step.p;
-    relu |= step.kind == Kind::RELU;
-    pool |= step.kind == Kind::POOL;
+    if (step.kind == Kind::ADD) all.residual = optional(step.tensor, "other summand");
+    if (step.kind == Kind::DROPOUT) {
+      all.noise = optional(step.tensor, "noise");
+      all.p = step.p;
+    }
+    all.relu |= step.kind == Kind::RELU;
+    all.pool |= step.kind == Kind::POOL;
   }
+  return all;
+}
+
+py::object Chain::fused(const std::vector<const Chain*>& steps, const py::object& above) const {
   const Call& call = *call_;
+  const Arguments all = arguments(steps);
   call.resolve();
   return session_->engine().attr("run")(
       call.layer, call.plan, call.input.get("input"), call.below ? call.below : py::none(),
-      call.weight.get("weight"), optional(call.bias, "bias"), call.weight_trains, norm, residual,
-      relu, pool, noise, p, above ? above : py::none());
+      call.weight.get("weight"), optional(call.bias, "bias"), call.weight_trains, all.norm,
+      all.residual, all.relu, all.pool, all.noise, all.p, above ? above : py::none());
+}
+
+at::Tensor Chain::resumed(const std::vector<const Chain*>& steps, at::Tensor value) const {
+  const Arguments all = arguments(steps);
+  const py::object output =
+      session_->engine().attr("resume")(value, all.norm, all.residual, all.relu, all.pool);
+  if (!output.is_none()) return output.cast<at::Tensor>();
+  for (const Chain* chain : steps) value = applied(value, chain->step_);
+  return value;
 }
 
 void Chain::compute(const py::object& above) {
@@ -252,17 +268,7 @@ void Chain::compute(const py::object& above) {
       held_ = std::move(result);
     }
   } else {
-    at::Tensor value;
-    if (Deferred* tensor = from->tensor) {
-      const auto held = c10::intrusive_ptr<c10::TensorImpl>::unsafe_reclaim_from_nonowning(tensor);
-      tensor->settle();
-      if (has_run()) return;  // with all that was derived from that tensor
-      value = at::Tensor(held);
-    } else {
-      value = from->run();
-    }
-    for (const Chain* chain : steps) value = applied(value, chain->step_);
-    value_ = std::move(value);
+    value_ = resumed(steps, from->tensor == nullptr ? from->run() : from->tensor->value());
   }
   parent_ = nullptr;
   call_ = nullptr;

@@ -126,7 +126,17 @@ class Chain : public std::enable_shared_from_this<Chain> {
   NodePtr anchor = nullptr;
 
  private:
+  // What steps were called with, as the engine takes it.
+  struct Arguments {
+    pybind11::object norm, residual, noise;
+    bool relu, pool;
+    double p;
+  };
+  static Arguments arguments(const std::vector<const Chain*>& steps);
+
   void compute(const pybind11::object& above);
+  // The steps, behind a value that was computed by itself.
+  at::Tensor resumed(const std::vector<const Chain*>& steps, at::Tensor value) const;
   pybind11::object fused(const std::vector<const Chain*>& steps,
                          const pybind11::object& above) const;
 

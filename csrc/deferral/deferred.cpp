@@ -94,12 +94,11 @@ void Deferred::become(std::shared_ptr<Chain> chain) {
   take_place();
 }
 
-at::Tensor Deferred::value_for(const pybind11::object& plan, pybind11::object& below) {
+at::Tensor Deferred::value() {
   const auto chain = chain_;
-  at::Tensor value = chain->run_for(plan, below);
-  if (below || chain_ == nullptr || autograd_meta() == nullptr) return value;
-  // The tensor's hooks, also those to come, see this layer's gradient, too.
-  chain->connect(meta_of(*this)->grad_fn_);
+  chain->run();
+  // The tensor's hooks, also those to come, see the gradient of whoever takes the value, too.
+  if (chain_ != nullptr && autograd_meta() != nullptr) chain->connect(meta_of(*this)->grad_fn_);
   return chain->run();
 }
 

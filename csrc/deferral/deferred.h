@@ -39,8 +39,8 @@ class Deferred final : public c10::TensorImpl {
   // Whether autograd or the user already holds this tensor's place in the graph.
   bool is_observed() const;
   const std::shared_ptr<Chain>& chain() const { return chain_; }
-  // Its value for a layer of this plan that takes it, in the engine's own layout.
-  at::Tensor value_for(const pybind11::object& plan, pybind11::object& below);
+  // Its value in the engine's own layout, for a layer that takes it.
+  at::Tensor value();
   // The same tensor, one step further.
   void become(std::shared_ptr<Chain> chain);
 

@@ -70,8 +70,7 @@ def convert(
         memory_budget: bytes that the transformed copies of weights may take, in skip windows and,
             with ``full="fused"``, always; layers that do not fit run with a smaller transform or
             directly. Default None: no limit.
-        fuse: whether chains of layers may run as one in skip steps (default True). Set it to False
-            for a model whose ``forward`` depends on Python state other than ``training``.
+        fuse: whether chains of layers may run as one (default True). False runs layer by layer.
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below it, and sum
             it for that layer's bias, in the product itself: ``"cublaslt"`` (linear layers on a GPU,
             where cuBLASLt can; its ReLU may turn NaN into 0), ``"cudnn"`` (convolutions of stride 1
@@ -80,9 +79,8 @@ def convert(
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
             ``"fused"``: on the CPU in float32, the skip step's chains and convolutions, and weight
             gradients by Winograd; equal to stock's up to the rounding of ``algo``, without second
-            derivatives. Not for a model whose ``forward`` depends on Python state other than
-            ``training``, which is read once. Elsewhere, and under ``torch.compile`` or
-            ``torch.func``, full steps stay stock.
+            derivatives. Elsewhere, and under ``torch.compile`` or ``torch.func``, full steps stay
+            stock.
 
     Returns:
         The same object.

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct
-from .conv.algorithm import Act, Unfused
+from .conv.algorithm import Act, Given, Unfused
 from .conv.choice import Weight, choose
 from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
+from .support import takes
 
 if TYPE_CHECKING:
     from .engine import Engine, Plan
@@ -101,6 +102,36 @@ def run_conv(
     if residual is not None:
         return ConvAddAct.apply(input, bias, trained, residual, chosen, act)
     return ConvAct.apply(input, bias, trained, chosen, act)
+
+
+def resume(
+    image: Tensor, norm: Norm | None, residual: Tensor | None, relu: bool, pool: bool
+) -> Tensor | None:
+    """What follows a convolution, for an output that has been computed by itself.
+
+    Returns:
+        The output, or None where the layers must run one by one.
+    """
+    act = Act.RELU_POOL if pool else Act.RELU if relu else Act.NONE
+    if (
+        not takes(image)
+        or image.dim() != 4
+        or not image.is_contiguous(memory_format=torch.channels_last)
+        or (norm is None and not relu)
+        or (norm is not None and not norm.batch)
+    ):
+        return None
+    if residual is not None:
+        residual = entered(residual, False)
+    given = Given(image)
+    if norm is not None:
+        gamma = norm.weight
+        if norm.constant and gamma is not None:
+            gamma = gamma.detach()
+        return ConvNormAct.apply(image, None, None, gamma, norm.bias, residual, given, norm, act)
+    if residual is not None:
+        return ConvAddAct.apply(image, None, None, residual, given, act)
+    return ConvAct.apply(image, None, None, given, act)
 
 
 def run_linear(

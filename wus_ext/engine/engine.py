@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._build import deferral
 from ..nn import SkipLayer
 from ..transforms import in_a_transform
-from .chains import Norm, run_conv, run_linear
+from .chains import Norm, resume, run_conv, run_linear
 from .conv.geometry import Geometry
 from .dropout import drop
 from .options import SkipOptions
@@ -205,6 +205,12 @@ class Engine:
             pool,
             above,
         )
+
+    def resume(
+        self, image: Tensor, norm: tuple | None, residual: Tensor | None, relu: bool, pool: bool
+    ) -> Tensor | None:
+        """A chain's value behind a convolution that ran alone, or None: its layers run alone."""
+        return resume(image, None if norm is None else Norm(*norm), residual, relu, pool)
 
     def drop(self, input: Tensor, p: float) -> Tensor | None:
         """Dropout of an ordinary tensor, or None for stock's."""

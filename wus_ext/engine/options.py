@@ -28,8 +28,7 @@ class SkipOptions:
             ``"auto"`` (default: the fastest for each layer).
         memory_budget: bytes that transformed copies of weights may take together; layers that do
             not fit run with a smaller transform or directly. Default None: no limit.
-        fuse: whether chains of layers may run fused (default True). A model whose ``forward``
-            depends on Python state other than ``training`` must set it to False.
+        fuse: whether chains of layers may run as one (default True).
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below and sum it
             for that layer's bias, where one layer feeds another. ``"cublaslt"``: linear layers on a
             GPU, where cuBLASLt has such products; under autocast it rounds bias gradients to
@@ -41,8 +40,7 @@ class SkipOptions:
             for bit the same. Default: none. Not yet run on a GPU.
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
             ``"fused"``, on the CPU in float32: the same chains and convolutions as in skip steps,
-            with weight gradients by Winograd as well; equal to stock's up to rounding. Then
-            ``forward`` is read once per mode for full steps too, as ``fuse`` says.
+            with weight gradients by Winograd as well; equal to stock's up to rounding.
 
     Raises:
         ValueError: for a value that is none of these, or an epilogue that this build does not have;
