@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..conversion.selection import Layers, patterns_of
 from ..conversion.windows import set_skip
 from ..distributed import processes
-from .rules import Phase, Settings, check_lr_drop, decide, real
+from .rules import Phase, Settings, SettingsDict, check_lr_drop, decide, real
 
 __all__ = ["WUS", "WUSLR", "Phase", "Settings", "decide"]
 
@@ -44,8 +44,7 @@ class WUS:
         model: the model to switch, anything that :func:`wus_ext.set_skip` takes.
         layers: the layers to switch, as :func:`wus_ext.set_skip` takes them; all others are left
             as they are. Default None: every layer.
-        threshold, patience, max_window, warmup, min_open: see
-            :class:`wus_ext.methods.rules.Settings`.
+        **settings: fields of :class:`wus_ext.methods.rules.Settings`, which has their defaults.
 
     Raises:
         TypeError: a setting is not of its type.
@@ -67,19 +66,9 @@ class WUS:
         model: nn.Module,
         *,
         layers: Layers | None = None,
-        threshold: float = 1.0,
-        patience: int = 2,
-        max_window: int = 3,
-        warmup: int = 5,
-        min_open: int = 1,
+        **settings: Unpack[SettingsDict],
     ) -> None:
-        self.settings = Settings(
-            threshold=threshold,
-            patience=patience,
-            max_window=max_window,
-            warmup=warmup,
-            min_open=min_open,
-        )
+        self.settings = Settings(**settings)
         self.model = model
         self.layers = layers if layers is None or callable(layers) else patterns_of(layers)
         if self.layers == []:
@@ -207,8 +196,7 @@ class WUSLR(WUS):
         scheduler: any scheduler of ``torch.optim.lr_scheduler`` that is stepped once an epoch.
             The caller must not step it as well.
         layers: the layers to switch, as for :class:`WUS`.
-        threshold, patience, max_window, warmup, min_open: see
-            :class:`wus_ext.methods.rules.Settings`.
+        **settings: fields of :class:`wus_ext.methods.rules.Settings`, which has their defaults.
         lr_drop: largest ratio of learning rates that counts as a drop, in (0, 1).
 
     Raises:
@@ -238,12 +226,8 @@ class WUSLR(WUS):
         scheduler: Any,
         *,
         layers: Layers | None = None,
-        threshold: float = 1.0,
-        patience: int = 2,
-        max_window: int = 3,
-        warmup: int = 5,
-        min_open: int = 1,
         lr_drop: float = 0.5,
+        **settings: Unpack[SettingsDict],
     ) -> None:
         if not callable(getattr(scheduler, "step", None)) or not hasattr(
             getattr(scheduler, "optimizer", None), "param_groups"
@@ -255,15 +239,7 @@ class WUSLR(WUS):
         self.lr_drop = check_lr_drop(lr_drop)
         self.scheduler = scheduler
         self._trained_lrs: list[float] = []
-        super().__init__(
-            model,
-            layers=layers,
-            threshold=threshold,
-            patience=patience,
-            max_window=max_window,
-            warmup=warmup,
-            min_open=min_open,
-        )
+        super().__init__(model, layers=layers, **settings)
 
     def step(
         self, accuracy: float | torch.Tensor, metric: float | torch.Tensor | None = None

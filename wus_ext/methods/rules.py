@@ -27,9 +27,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
-__all__ = ["Phase", "Settings", "check_lr_drop", "decide", "real"]
+__all__ = ["Phase", "Settings", "SettingsDict", "check_lr_drop", "decide", "real"]
+
+
+#: The least that each number of epochs may be.
+_LENGTHS = {
+    "patience": 1,
+    "max_window": 1,
+    "warmup": 0,
+    "min_open": 1,
+    "final_window": 0,
+    "total_epochs": 1,
+}
+
+
+class SettingsDict(TypedDict, total=False):
+    """The fields of :class:`Settings`, for signatures that pass them on."""
+
+    threshold: float
+    patience: int
+    max_window: int
+    warmup: int
+    min_open: int
+    final_window: int
+    total_epochs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +68,9 @@ class Settings:
             towards the variation, so no window opens before epoch
             ``max(warmup, patience + 1, min_open)`` has ended.
         min_open: epochs that weights train between two windows, at least 1.
+        final_window: so many epochs at the end of the run skip, whatever the accuracy; needs
+            ``total_epochs``.
+        total_epochs: length of the run, at least 1; None: not known.
 
     Raises:
         TypeError: a length is not an integer or the threshold is not a number.
@@ -56,6 +82,8 @@ class Settings:
     max_window: int = 3
     warmup: int = 5
     min_open: int = 1
+    final_window: int = 0
+    total_epochs: int | None = None
 
     def __post_init__(self) -> None:
         # Plain Python numbers, so that a state dict loads with torch.load(weights_only=True).
@@ -63,13 +91,22 @@ class Settings:
         if not 0 <= threshold <= 100:
             raise ValueError(f"threshold must be in [0, 100] percentage points, got {threshold}")
         object.__setattr__(self, "threshold", threshold)
-        for name, least in (("patience", 1), ("max_window", 1), ("warmup", 0), ("min_open", 1)):
+        for name, least in _LENGTHS.items():
             value = getattr(self, name)
+            if name == "total_epochs" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an integer number of epochs, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             object.__setattr__(self, name, int(value))
+        if self.final_window and self.total_epochs is None:
+            raise ValueError("final_window needs total_epochs, the length of the run")
+
+    def ends(self, epochs: int) -> bool:
+        """Whether the epoch after so many lies in the run's final window."""
+        total = self.total_epochs
+        return total is not None and total - self.final_window <= epochs < total
 
 
 class Phase(NamedTuple):
@@ -96,6 +133,8 @@ def decide(
     >>> decide([60.0, 61.4], Phase(skipping=False, epochs=2), settings)
     False
     """
+    if settings.ends(len(history)):
+        return True
     recent = history[-(settings.patience + 1) :]
     flat = len(recent) > settings.patience and max(recent) - min(recent) < settings.threshold
     if lr_dropped or not flat:

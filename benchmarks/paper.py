@@ -1,0 +1,149 @@
+"""The runs of docs/results.md that share epochs: which there are, and when they skip."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from branches import Epoch, Record, Runs, Store
+from settings import network as small_network
+
+import wus_ext
+from wus_ext.training import TrainConfig, load_data
+
+DATASETS = ("cifar10", "cifar100")
+EPOCHS = 30
+RATE = 0.02
+MILESTONES = (0.5, 0.75)
+#: Thresholds, patience and longest windows to choose from, on validation images.
+CHOICE = (
+    (1.0, 2, 3), (2.0, 1, 3), (2.0, 2, 3), (3.0, 1, 1), (3.0, 1, 3), (3.0, 2, 3),
+    (4.0, 1, 2), (4.0, 1, 3), (4.0, 2, 3), (6.0, 1, 3),
+)  # fmt: skip
+SHARED = {"dataset": "folder", "batch_size": 64, "lr": RATE, "method": "fused"}
+#: Images: for training and validation together, for test; and the part for validation.
+IMAGES = {"limit_train": 6000, "validation": 1 / 6, "limit_test": 2000}
+CHOICE_IMAGES = {"limit_train": 9000, "validation": 4 / 9, "limit_test": 100}
+
+
+def constant(epochs: int) -> tuple[Epoch, ...]:
+    return (Epoch(RATE),) * epochs
+
+
+def stepped(epochs: int) -> tuple[Epoch, ...]:
+    """A tenth of the rate from half of the run on, a hundredth from three quarters on."""
+    return tuple(Epoch(stepped_rate(done, epochs)) for done in range(epochs))
+
+
+def stepped_rate(done: int, epochs: int) -> float:
+    return RATE * 0.1 ** sum(done >= round(part * epochs) for part in MILESTONES)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One network, dataset and seed."""
+
+    network: str
+    dataset: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}-{self.network}-seed{self.seed}"
+
+    def config(self, data_dir: Path, images: dict[str, Any]) -> TrainConfig:
+        model = "vgg11" if self.network == "small" else self.network
+        return TrainConfig(
+            model=model, seed=self.seed, data_dir=str(data_dir / self.dataset), **SHARED, **images
+        )
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether no other process works there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def open_runs(unit: Unit, data_dir: Path, out: Path, images: dict[str, Any]) -> Runs:
+    config = unit.config(data_dir, images)
+    build = (lambda classes: small_network()) if unit.network == "small" else None
+    return Runs(
+        config, load_data(config), Store(out / str(unit)), build=build,
+        say=lambda line: print(unit, line, flush=True),
+    )  # fmt: skip
+
+
+
+
+def settings(choice: tuple[float, int, int], **more: Any) -> dict[str, Any]:
+    threshold, patience, max_window = choice
+    return {"threshold": threshold, "patience": patience, "max_window": max_window, **more}
+
+
+class Skipping:
+    """Chooses a run's next epoch as WUS or WUS+LR does, watching the training accuracy.
+
+    Args:
+        path: the run without skipping.
+        options: of the policy.
+    """
+
+    def __init__(self, path: Sequence[Epoch], **options: Any) -> None:
+        self.path, self.options = path, options
+
+    def __call__(self, done: Sequence[Epoch], records: Sequence[Record]) -> Epoch:
+        accuracies = [record["train_accuracy"] for record in records]
+        return replace(self.path[len(done)], skip=self._skips(accuracies))
+
+    def _skips(self, accuracies: Sequence[float]) -> bool:
+        """The package's own policy decides, on a model that stands for the network."""
+        model = wus_ext.convert(torch.nn.Linear(1, 1))
+        rates = [epoch.rate for epoch in self.path]
+        if len(set(rates)) == 1:
+            policy = wus_ext.WUS(model, **self.options)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda done: rates[min(done, len(rates) - 1)]
+            )
+            optimizer.step()
+            policy = wus_ext.WUSLR(model, scheduler, **self.options)
+        for accuracy in accuracies:
+            policy.step(accuracy)
+        return policy.skipping
+
+
+def choose(runs: Runs, epochs: int = EPOCHS) -> None:
+    """The settings to choose from, at a constant rate."""
+    runs.along(constant(epochs))
+    for choice in CHOICE:
+        runs.decided(epochs, Skipping(constant(epochs), **settings(choice)))
+
+
+if __name__ == "__main__":
+    import sys
+
+    out, data_dir = Path(sys.argv[1]), Path(sys.argv[2])
+    for name in sys.argv[3:]:
+        network, dataset, seed = name.split("/")
+        images = CHOICE_IMAGES if network == "small" else IMAGES
+        unit = Unit(network, dataset, int(seed))
+        with claimed(out / str(unit)) as mine:
+            if mine:
+                runs = open_runs(unit, data_dir, out, images)
+                if network == "small":
+                    choose(runs)
+                else:
+                    runs.along(constant(EPOCHS))
+                    runs.along(stepped(EPOCHS))
