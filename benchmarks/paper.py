@@ -44,6 +44,19 @@ def stepped_rate(done: int, epochs: int) -> float:
     return RATE * 0.1 ** sum(done >= round(part * epochs) for part in MILESTONES)
 
 
+#: The choice, and cost of a step in stock's full steps: full="fused", skipped, and a forward pass
+#: in training mode (benchmarks/steps.py).
+CHOSEN = (3.0, 1, 3)
+COSTS = {
+    "small": (0.45, 0.24, 0.15),
+    "alexnet": (0.62, 0.32, 0.15),
+    "vgg11_bn": (0.45, 0.24, 0.15),
+    "vgg16_bn": (0.45, 0.25, 0.15),
+    "resnet18": (0.54, 0.31, 0.15),
+}
+AVERAGED = 5
+
+
 @dataclass(frozen=True)
 class Unit:
     """One network, dataset and seed."""
@@ -82,8 +95,6 @@ def open_runs(unit: Unit, data_dir: Path, out: Path, images: dict[str, Any]) -> 
         config, load_data(config), Store(out / str(unit)), build=build,
         say=lambda line: print(unit, line, flush=True),
     )  # fmt: skip
-
-
 
 
 def settings(choice: tuple[float, int, int], **more: Any) -> dict[str, Any]:
@@ -131,6 +142,81 @@ def choose(runs: Runs, epochs: int = EPOCHS) -> None:
         runs.decided(epochs, Skipping(constant(epochs), **settings(choice)))
 
 
+def cost(network: str, path: Sequence[Epoch]) -> float:
+    """Of a path on the engine, in stock's full epochs."""
+    full, skip, _ = COSTS[network]
+    return sum(skip if epoch.skip else full for epoch in path)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the results: a run, its cost in stock's full epochs and its epochs' records."""
+
+    method: str
+    path: tuple[Epoch, ...]
+    cost: float
+    records: tuple[Record, ...]
+
+    @property
+    def last(self) -> float:
+        """Test accuracy after the last epoch."""
+        return self.records[-1]["test_accuracy"]
+
+    @property
+    def best(self) -> float:
+        """Test accuracy after the epoch that is best on the validation images."""
+        return max(self.records, key=lambda record: record["validation_accuracy"])["test_accuracy"]
+
+    @property
+    def skipped(self) -> float:
+        """Percentage of epochs."""
+        return 100 * sum(epoch.skip for epoch in self.path) / len(self.path)
+
+
+def entries(runs: Runs, network: str, epochs: int = EPOCHS) -> Iterator[Entry]:
+    """All runs of a unit, in the order of the results; what is missing is trained."""
+    full, _, forward = COSTS[network]
+
+    def entry(method: str, path: Sequence[Epoch], *, stock: bool = False) -> Entry:
+        path = tuple(path)
+        price = float(len(path)) if stock else cost(network, path)
+        return Entry(method, path, price, tuple(runs.along(path)))
+
+    def averaged(method: str, path: Sequence[Epoch], count: int) -> Entry:
+        path = tuple(path)
+        records = (*runs.along(path), runs.statistics(path, count))
+        return Entry(method, path, cost(network, path) + forward, records[-1:])
+
+    flat, falling = constant(epochs), stepped(epochs)
+    chosen = settings(CHOSEN)
+    yield entry("stock", flat, stock=True)
+    yield entry("fused", flat)
+    wus = runs.decided(epochs, Skipping(flat, **chosen))
+    yield entry("WUS", wus)
+    ending = runs.decided(
+        epochs, Skipping(flat, **chosen, total_epochs=epochs, final_window=1)
+    )  # fmt: skip
+    yield entry("WUS, ending in a window", ending)
+    yield entry("fused, its last epoch skipped", (*flat[:-1], Epoch(RATE, skip=True)))
+    yield entry("fused, its last epoch falling", (*flat[:-1], Epoch(RATE, end=0.0)))
+    price = cost(network, ending)
+    yield entry("stock in WUS's time", flat[: round(price)], stock=True)
+    short = flat[: round(price / full)]
+    yield entry("fused in WUS's time", short)
+    yield entry("  its last epoch falling", (*short[:-1], Epoch(RATE, end=0.0)))
+    yield entry("  its last epoch skipped", (*short, Epoch(RATE, skip=True)))
+    yield averaged("  statistics anew", short, 1)
+    yield averaged(f"  average of {AVERAGED} epochs", short, AVERAGED)
+
+    yield entry("stock, steps", falling, stock=True)
+    yield entry("fused, steps", falling)
+    both = runs.decided(epochs, Skipping(falling, **chosen))
+    yield entry("WUS+LR", both)
+    price = cost(network, both)
+    yield entry("stock in WUS+LR's time", stepped(round(price)), stock=True)
+    yield entry("fused in WUS+LR's time", stepped(round(price / full)))
+
+
 if __name__ == "__main__":
     import sys
 
@@ -145,5 +231,6 @@ if __name__ == "__main__":
                 if network == "small":
                     choose(runs)
                 else:
-                    runs.along(constant(EPOCHS))
-                    runs.along(stepped(EPOCHS))
+                    for entry in entries(runs, network):
+                        print(unit, entry.method, entry.cost, entry.last, entry.best, entry.skipped)
+                    runs.store.drop_checkpoints()

@@ -135,4 +135,4 @@ def test_repr_names_the_settings():
         "WUS(threshold=2.0, patience=2, max_window=3, warmup=5, min_open=1, "
         "final_window=0, total_epochs=None)"
     )
-    assert repr(make("WUSLR")).endswith("min_open=1, lr_drop=0.5)")
+    assert repr(make("WUSLR")).endswith("total_epochs=None, lr_drop=0.5)")

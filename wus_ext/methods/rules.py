@@ -15,8 +15,9 @@ nothing extra, or of held-out data.
 * A *skip window* opens when the accuracy is flat, at least ``warmup`` epochs have passed and the
   weights have trained for at least ``min_open`` epochs since the last window (or the start).
 * It closes when the accuracy is no longer flat, and in any case after ``max_window`` epochs.
-* With a learning-rate scheduler (:class:`wus_ext.WUSLR`), a drop of the learning rate closes the
-  window, and none opens in the epoch after a drop.
+* With a learning-rate scheduler (:class:`wus_ext.WUSLR`), a jump of the learning rate closes the
+  window, and none opens in the epoch after a jump.
+* The last ``final_window`` epochs of a run of ``total_epochs`` are a window, whatever else holds.
 
 :func:`decide` is exactly that, as a pure function.
 """
@@ -29,8 +30,11 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
-__all__ = ["Phase", "Settings", "SettingsDict", "check_lr_drop", "decide", "real"]
+__all__ = ["LR_DROP", "Phase", "Settings", "SettingsDict", "check_lr_drop", "decide", "real"]
 
+
+#: Default of the ratio of learning rates that counts as a jump.
+LR_DROP = 0.5
 
 #: The least that each number of epochs may be.
 _LENGTHS = {
@@ -117,7 +121,7 @@ class Phase(NamedTuple):
 
 
 def decide(
-    history: Sequence[float], phase: Phase, settings: Settings, *, lr_dropped: bool = False
+    history: Sequence[float], phase: Phase, settings: Settings, *, lr_jumped: bool = False
 ) -> bool:
     """Say whether the next epoch skips weight updates. Pure: equal arguments, equal answer.
 
@@ -125,7 +129,7 @@ def decide(
         history: accuracy in percent of every epoch so far, the latest last.
         phase: the phase that the latest epoch belonged to, that epoch included.
         settings: when windows open and close.
-        lr_dropped: the learning rate for the next epoch has dropped, so that weights must train.
+        lr_jumped: the learning rate of the next epoch has jumped, so that weights must train.
 
     >>> settings = Settings(threshold=1.0, patience=1, warmup=0)
     >>> decide([60.0, 60.4], Phase(skipping=False, epochs=2), settings)
@@ -137,7 +141,7 @@ def decide(
         return True
     recent = history[-(settings.patience + 1) :]
     flat = len(recent) > settings.patience and max(recent) - min(recent) < settings.threshold
-    if lr_dropped or not flat:
+    if lr_jumped or not flat:
         return False
     if phase.skipping:
         return phase.epochs < settings.max_window
