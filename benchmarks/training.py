@@ -19,6 +19,7 @@ from statistics import fmean, median, stdev
 
 from common import machine, table
 
+from wus_ext.methods.table import BASELINE, METHODS
 from wus_ext.training import ConfigError, DataError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare
 from wus_ext.training.report import Run, targets
@@ -38,8 +39,9 @@ def settings(args: argparse.Namespace) -> CompareConfig:
     names = ("limit_train", "limit_test", "epochs", "data_dir")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     base = TrainConfig(**SHARED, **(PROTOCOLS[args.protocol] | given))
-    methods = ("baseline", "fused", "wus", "wus+lr")
-    return CompareConfig(base=base, models=(args.network,), methods=methods, seeds=args.seeds)
+    return CompareConfig(
+        base=base, models=(args.network,), methods=tuple(METHODS), seeds=args.seeds
+    )
 
 
 def step_medians(run: Run) -> dict[bool, float]:
@@ -68,7 +70,7 @@ class Table:
     def __init__(self, runs: Sequence[Run], target: float | None) -> None:
         self.runs = runs
         self.targets = targets(runs, target)
-        self.baseline = {run.seed: run for run in runs if run.method == "baseline"}
+        self.baseline = {run.seed: run for run in runs if run.method == BASELINE}
 
     def lines(self) -> list[list[str]]:
         """A line for each method, its controls behind it."""
