@@ -27,7 +27,7 @@ from wus_ext.training.loop import evaluate, train_epoch
 from wus_ext.training.methods import build_model
 from wus_ext.training.seeding import mix
 
-__all__ = ["Epoch", "Record", "Runs", "Store", "text"]
+__all__ = ["Epoch", "Kept", "Missing", "Record", "Runs", "Store", "text"]
 
 Record = dict[str, Any]
 
@@ -100,8 +100,54 @@ class Store:
             file.unlink()
 
 
-class Runs:
-    """Trains paths of epochs of one network, seed and dataset.
+class Missing(Exception):
+    """An epoch that was not trained yet."""
+
+
+class Kept:
+    """What a store holds of the runs of one network, seed and dataset."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def along(self, path: Path_) -> list[Record]:
+        """The records of a path's epochs."""
+        return [self.record(path[:end]) for end in range(1, len(path) + 1)]
+
+    def decided(
+        self, epochs: int, following: Callable[[list[Epoch], list[Record]], Epoch]
+    ) -> tuple[Epoch, ...]:
+        """The path of a run whose every epoch is chosen after those before it."""
+        path: list[Epoch] = []
+        records: list[Record] = []
+        while len(path) < epochs:
+            path.append(following(path, records))
+            records.append(self.record(path))
+        return tuple(path)
+
+    def record(self, path: Path_) -> Record:
+        """The record of the last epoch of ``path``."""
+        return self._named(text(path))
+
+    def statistics(self, path: Path_, average: int = 1) -> Record:
+        """After ``path``: weights averaged over its last epochs, running statistics anew.
+
+        That is stochastic weight averaging; of one epoch, the statistics alone.
+        """
+        return self._named(_averaged(path, average))
+
+    def _named(self, name: str) -> Record:
+        if name not in self.store.records:
+            raise Missing(name)
+        return self.store.records[name]
+
+
+def _averaged(path: Path_, average: int) -> str:
+    return f"{text(path)} | average {average}"
+
+
+class Runs(Kept):
+    """The same, but what is missing is trained.
 
     Args:
         config: network, seed, optimizer and data; its method, schedule and epochs do not matter.
@@ -120,7 +166,8 @@ class Runs:
         build: Callable[[int], nn.Module] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.config, self.data, self.store, self.say = config, data, store, say
+        super().__init__(store)
+        self.config, self.data, self.say = config, data, say
         self.device = config.torch_device()
         torch.manual_seed(mix(config.seed, "weights"))
         self.model = build_model(config, len(data.classes), build).to(self.device)
@@ -135,23 +182,7 @@ class Runs:
         self._start = self._state()
         self._done: tuple[Epoch, ...] = ()
 
-    def along(self, path: Path_) -> list[Record]:
-        """The records of a path's epochs; those that are missing are trained."""
-        return [self.record(path[:end]) for end in range(1, len(path) + 1)]
-
-    def decided(
-        self, epochs: int, following: Callable[[list[Epoch], list[Record]], Epoch]
-    ) -> tuple[Epoch, ...]:
-        """The path of a run whose every epoch is chosen after those before it."""
-        path: list[Epoch] = []
-        records: list[Record] = []
-        while len(path) < epochs:
-            path.append(following(path, records))
-            records.append(self.record(path))
-        return tuple(path)
-
     def record(self, path: Path_) -> Record:
-        """The record of the last epoch of ``path``."""
         path = tuple(path)
         name = text(path)
         if name not in self.store.records:
@@ -162,12 +193,8 @@ class Runs:
         return self.store.records[name]
 
     def statistics(self, path: Path_, average: int = 1) -> Record:
-        """After ``path``: weights averaged over its last epochs, running statistics anew.
-
-        That is stochastic weight averaging; of one epoch, the statistics alone.
-        """
         path = tuple(path)
-        name = f"{text(path)} | average {average}"
+        name = _averaged(path, average)
         if name not in self.store.records:
             averaged = None
             for end in range(len(path) - average + 1, len(path) + 1):

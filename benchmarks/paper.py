@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from branches import Epoch, Record, Runs, Store
+from branches import Epoch, Kept, Missing, Record, Runs, Store
 from settings import network as small_network
 
 import wus_ext
@@ -70,6 +70,10 @@ class Unit:
         return TrainConfig(
             model=model, seed=self.seed, data_dir=str(data_dir / self.dataset), **SHARED, **images
         )
+
+
+#: The one on which settings are chosen.
+CHOICE_UNIT = Unit("small", "cifar10", 0)
 
 
 @contextmanager
@@ -140,12 +144,6 @@ def choose(runs: Runs, epochs: int = EPOCHS) -> None:
             runs.decided(epochs, Skipping(constant(epochs), **settings(choice), **ending))
 
 
-def cost(network: str, path: Sequence[Epoch]) -> float:
-    """Of a path on the engine, in stock's full epochs."""
-    full, skip, _ = COSTS[network]
-    return sum(skip if epoch.skip else full for epoch in path)
-
-
 @dataclass(frozen=True)
 class Entry:
     """A line of the results: a run, its cost in stock's full epochs and its epochs' records."""
@@ -171,64 +169,89 @@ class Entry:
         return 100 * sum(epoch.skip for epoch in self.path) / len(self.path)
 
 
-def entries(runs: Runs, network: str, epochs: int = EPOCHS) -> Iterator[Entry]:
-    """All runs of a unit, in the order of the results; what is missing is trained."""
-    full, _, forward = COSTS[network]
+class Plan:
+    """The runs of a unit, in the order of the results; each may need those before it.
 
-    def entry(method: str, path: Sequence[Epoch], *, stock: bool = False) -> Entry:
-        path = tuple(path)
-        price = float(len(path)) if stock else cost(network, path)
-        return Entry(method, path, price, tuple(runs.along(path)))
+    Args:
+        runs: what trains them or, to look only, what holds them.
+        network: for the costs.
+        epochs: length of the runs.
+    """
 
-    def averaged(method: str, path: Sequence[Epoch], count: int) -> Entry:
-        path = tuple(path)
-        records = (*runs.along(path), runs.statistics(path, count))
-        return Entry(method, path, cost(network, path) + forward, records[-1:])
+    def __init__(self, runs: Kept, network: str, epochs: int = EPOCHS) -> None:
+        self.runs, self.epochs = runs, epochs
+        self.full, self.skip, self.forward = COSTS[network]
 
-    flat, falling = constant(epochs), stepped(epochs)
-    chosen = settings(CHOSEN)
-    yield entry("stock", flat, stock=True)
-    yield entry("fused", flat)
-    wus = runs.decided(epochs, Skipping(flat, **chosen))
-    yield entry("WUS", wus)
-    ending = runs.decided(
-        epochs, Skipping(flat, **chosen, total_epochs=epochs, final_window=1)
-    )  # fmt: skip
-    yield entry("WUS, ending in a window", ending)
-    yield entry("fused, its last epoch skipped", (*flat[:-1], Epoch(RATE, skip=True)))
-    yield entry("fused, its last epoch falling", (*flat[:-1], Epoch(RATE, end=0.0)))
-    price = cost(network, ending)
-    yield entry("stock in WUS's time", flat[: round(price)], stock=True)
-    short = flat[: round(price / full)]
-    yield entry("fused in WUS's time", short)
-    yield entry("  its last epoch falling", (*short[:-1], Epoch(RATE, end=0.0)))
-    yield entry("  its last epoch skipped", (*short, Epoch(RATE, skip=True)))
-    yield averaged("  statistics anew", short, 1)
-    yield averaged(f"  average of {AVERAGED} epochs", short, AVERAGED)
+    def entries(self) -> Iterator[Entry]:
+        """Those that can be had, with their cost."""
+        for made in (self._constant, self._rivals, self._stepped, self._stepped_rivals):
+            with suppress(Missing):
+                yield from made()
 
-    yield entry("stock, steps", falling, stock=True)
-    yield entry("fused, steps", falling)
-    both = runs.decided(epochs, Skipping(falling, **chosen))
-    yield entry("WUS+LR", both)
-    price = cost(network, both)
-    yield entry("stock in WUS+LR's time", stepped(round(price)), stock=True)
-    yield entry("fused in WUS+LR's time", stepped(round(price / full)))
+    def _constant(self) -> Iterator[Entry]:
+        flat = constant(self.epochs)
+        yield self._stock("baseline", flat)
+        yield self._run("fused", flat)
+        yield self._run("WUS", self._decided(flat))
+        yield self._run("WUS, ending in a window", self._ending())
+        yield self._run("fused, last epoch skipped", (*flat[:-1], Epoch(RATE, skip=True)))
+        yield self._run("fused, last epoch to rate 0", (*flat[:-1], Epoch(RATE, end=0.0)))
+
+    def _rivals(self) -> Iterator[Entry]:
+        """At the cost of WUS that ends in a window."""
+        price = self._cost(self._ending())
+        short = constant(round(price / self.full))
+        yield self._stock("baseline in its time", constant(round(price)))
+        yield self._run("fused in its time", short)
+        yield self._run(
+            "fused in its time, last epoch to rate 0", (*short[:-1], Epoch(RATE, end=0.0))
+        )
+        yield self._run("fused in its time, then one skipped", (*short, Epoch(RATE, skip=True)))
+        yield self._averaged("fused in its time, statistics anew", short, 1)
+        yield self._averaged(f"fused in its time, {AVERAGED} epochs averaged", short, AVERAGED)
+
+    def _stepped(self) -> Iterator[Entry]:
+        falling = stepped(self.epochs)
+        yield self._stock("baseline, steps", falling)
+        yield self._run("fused, steps", falling)
+        yield self._run("WUS+LR", self._decided(falling))
+
+    def _stepped_rivals(self) -> Iterator[Entry]:
+        price = self._cost(self._decided(stepped(self.epochs)))
+        yield self._stock("baseline, steps, in its time", stepped(round(price)))
+        yield self._run("fused, steps, in its time", stepped(round(price / self.full)))
+
+    def _ending(self) -> tuple[Epoch, ...]:
+        return self._decided(constant(self.epochs), total_epochs=self.epochs, final_window=1)
+
+    def _decided(self, path: Sequence[Epoch], **more: Any) -> tuple[Epoch, ...]:
+        return self.runs.decided(len(path), Skipping(path, **settings(CHOSEN), **more))
+
+    def _cost(self, path: Sequence[Epoch]) -> float:
+        return sum(self.skip if epoch.skip else self.full for epoch in path)
+
+    def _stock(self, method: str, path: Sequence[Epoch]) -> Entry:
+        """Stock PyTorch: the fused run's trajectory, up to rounding, at a cost of 1 an epoch."""
+        return Entry(method, tuple(path), float(len(path)), tuple(self.runs.along(path)))
+
+    def _run(self, method: str, path: Sequence[Epoch]) -> Entry:
+        return Entry(method, tuple(path), self._cost(path), tuple(self.runs.along(path)))
+
+    def _averaged(self, method: str, path: Sequence[Epoch], count: int) -> Entry:
+        record = self.runs.statistics(path, count)
+        return Entry(method, tuple(path), self._cost(path) + self.forward, (record,))
 
 
-if __name__ == "__main__":
-    import sys
-
-    out, data_dir = Path(sys.argv[1]), Path(sys.argv[2])
-    for name in sys.argv[3:]:
-        network, dataset, seed = name.split("/")
-        images = CHOICE_IMAGES if network == "small" else IMAGES
-        unit = Unit(network, dataset, int(seed))
-        with claimed(out / str(unit)) as mine:
-            if mine:
+def train(units: Sequence[Unit], data_dir: Path, out: Path, images: dict[str, Any]) -> None:
+    """What is missing of these, but for those that another process works on."""
+    for unit in units:
+        with claimed(out / str(unit)) as free:
+            if free and not (out / str(unit) / "done").exists():
                 runs = open_runs(unit, data_dir, out, images)
-                if network == "small":
+                if unit.network == "small":
                     choose(runs)
                 else:
-                    for entry in entries(runs, network):
-                        print(unit, entry.method, entry.cost, entry.last, entry.best, entry.skipped)
-                    runs.store.drop_checkpoints()
+                    for _ in Plan(runs, unit.network).entries():
+                        pass
+                runs.store.drop_checkpoints()
+                (out / str(unit) / "done").touch()
