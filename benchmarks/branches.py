@@ -83,7 +83,6 @@ class Store:
 
     def add(self, name: str, record: Record) -> Record:
         record = {"path": name, **record}
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -167,6 +166,7 @@ class Runs(Kept):
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__(store)
+        store.folder.mkdir(parents=True, exist_ok=True)
         self.config, self.data, self.say = config, data, say
         self.device = config.torch_device()
         torch.manual_seed(mix(config.seed, "weights"))

@@ -75,14 +75,14 @@ class Run:
     @property
     def skipped(self) -> float:
         """Percentage of steps that skipped weight updates: of epochs, without ``full_every``."""
-        return 100 * fmean(r.get("skipped_steps", r["skipped"]) for r in self.history)
+        return 100 * fmean(r["skipped_steps"] for r in self.history)
 
     def memory(self, *, skipped: bool) -> float | None:
         """Peak memory of the steps of epochs of this kind, in MiB; ``None`` without any.
 
         See :class:`~wus_ext.training.memory.StepMemory`.
         """
-        peaks = [r.get("peak_bytes", 0) for r in self.history if r["skipped"] == skipped]
+        peaks = [r["peak_bytes"] for r in self.history if r["skipped"] == skipped]
         return max(peaks) / 2**20 if any(peaks) else None
 
     def epochs_to(self, target: float) -> int | None:
