@@ -22,7 +22,6 @@ from torch.optim.swa_utils import AveragedModel
 
 import wus_ext
 from wus_ext.training import Data, TrainConfig
-from wus_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from wus_ext.training.loop import evaluate, train_epoch
 from wus_ext.training.methods import build_model
 from wus_ext.training.seeding import mix
@@ -90,7 +89,18 @@ class Store:
         self.records[name] = record
         return record
 
-    def checkpoint(self, path: Path_) -> Path:
+    def save(self, path: Path_, state: dict[str, Any]) -> None:
+        """Keep the state at the end of ``path``; never half of it."""
+        temporary = self.folder / "epoch.tmp"
+        torch.save(state, temporary)
+        os.replace(temporary, self._checkpoint(path))
+
+    def load(self, path: Path_) -> dict[str, Any] | None:
+        """The state at the end of ``path``, if it was kept."""
+        file = self._checkpoint(path)
+        return torch.load(file, weights_only=True) if file.exists() else None
+
+    def _checkpoint(self, path: Path_) -> Path:
         digest = hashlib.sha256(text(path).encode()).hexdigest()[:16]
         return self.folder / f"epoch{len(path):03}-{digest}.pt"
 
@@ -188,7 +198,7 @@ class Runs(Kept):
         if name not in self.store.records:
             self._go_to(path[:-1])
             record = self._train(path[-1])
-            save_checkpoint(self.store.checkpoint(path), self._state())
+            self.store.save(path, self._state())
             self._note(name, record)
         return self.store.records[name]
 
@@ -215,11 +225,10 @@ class Runs(Kept):
         """Brings model and optimizer to the end of ``path``, from the last checkpoint on it."""
         if path == self._done:
             return
-        known = len(path)
-        while known and not self.store.checkpoint(path[:known]).exists():
+        known, state = len(path), None
+        while known and (state := self.store.load(path[:known])) is None:
             known -= 1
-        state = load_checkpoint(self.store.checkpoint(path[:known])) if known else self._start
-        self._load(state)
+        self._load(state or self._start)
         self._done = path[:known]
         for epoch in path[known:]:
             self._train(epoch)

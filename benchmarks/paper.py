@@ -17,6 +17,7 @@ import wus_ext
 from wus_ext.training import TrainConfig, load_data
 
 DATASETS = ("cifar10", "cifar100")
+SMALL = ("small", "choice")
 EPOCHS = 30
 RATE = 0.02
 MILESTONES = (0.5, 0.75)
@@ -56,7 +57,7 @@ AVERAGED = 5
 
 @dataclass(frozen=True)
 class Unit:
-    """One network, dataset and seed."""
+    """One network, dataset and seed; SMALL is the network of settings.py."""
 
     network: str
     dataset: str
@@ -66,14 +67,14 @@ class Unit:
         return f"{self.dataset}-{self.network}-seed{self.seed}"
 
     def config(self, data_dir: Path, images: dict[str, Any]) -> TrainConfig:
-        model = "vgg11" if self.network == "small" else self.network
+        model = "vgg11" if self.network in SMALL else self.network
         return TrainConfig(
             model=model, seed=self.seed, data_dir=str(data_dir / self.dataset), **SHARED, **images
         )
 
 
 #: The one on which settings are chosen.
-CHOICE_UNIT = Unit("small", "cifar10", 0)
+CHOICE_UNIT = Unit("choice", "cifar10", 0)
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 def open_runs(unit: Unit, data_dir: Path, out: Path, images: dict[str, Any]) -> Runs:
     config = unit.config(data_dir, images)
-    build = (lambda classes: small_network()) if unit.network == "small" else None
+    build = (lambda classes: small_network()) if unit.network in SMALL else None
     return Runs(
         config, load_data(config), Store(out / str(unit)), build=build,
         say=lambda line: print(unit, line, flush=True),
@@ -248,7 +249,7 @@ def train(units: Sequence[Unit], data_dir: Path, out: Path, images: dict[str, An
         with claimed(out / str(unit)) as free:
             if free and not (out / str(unit) / "done").exists():
                 runs = open_runs(unit, data_dir, out, images)
-                if unit.network == "small":
+                if unit == CHOICE_UNIT:
                     choose(runs)
                 else:
                     for _ in Plan(runs, unit.network).entries():

@@ -23,7 +23,6 @@ from paper import (
     settings,
 )
 
-from wus_ext.training.checkpoint import write_atomic
 from wus_ext.training.plot import draw
 from wus_ext.training.report import Run
 
@@ -97,7 +96,8 @@ def report(units: Sequence[Unit], out: Path, plot: Path | None) -> None:
         print(table(list(HEADER), lines(seeds)))
     if plot and found:
         plot.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(plot, lambda file: draw_units(found, file))
+        with plot.open("wb") as file:
+            draw_units(found, file)
 
 
 def report_choice(out: Path) -> None:
