@@ -269,7 +269,7 @@ class Trainer:
         }
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["processes"] != processes.count():
+        if state.get("processes", 1) != processes.count():
             raise ConfigError(
                 f"cannot resume {self.folder.path}: it trained in {state['processes']} processes, "
                 f"here are {processes.count()}"
