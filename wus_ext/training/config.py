@@ -102,8 +102,11 @@ class TrainConfig:
     max_window: int = option(_POLICY.max_window, "longest skip window, in epochs")
     warmup: int = option(_POLICY.warmup, "epochs before the first skip window may open")
     min_open: int = option(_POLICY.min_open, "epochs that weights train between two windows")
-    final_window: int = option(
-        _POLICY.final_window, "epochs at the end of the run that skip, whatever the accuracy"
+    final_window: int | None = option(
+        None,
+        "epochs at the end of the run that skip, whatever the accuracy",
+        type=int,
+        unset="1 with --schedule constant, else 0",
     )
     lr_drop: float = option(
         LR_DROP, "wus+lr: ratio of learning rates that counts as a jump, in (0, 1)"
@@ -248,8 +251,12 @@ class TrainConfig:
 
     def policy_settings(self) -> dict[str, Any]:
         """The settings of :class:`wus_ext.WUS`."""
-        names = {field.name for field in dataclasses.fields(Settings)} - {"total_epochs"}
-        return {"total_epochs": self.epochs} | {name: getattr(self, name) for name in names}
+        names = [field.name for field in dataclasses.fields(Settings)]
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        if self.final_window is None:
+            # What never settles by a falling rate settles in a window: docs/results.md.
+            given["final_window"] = int(self.schedule == "constant")
+        return {**given, "total_epochs": self.epochs}
 
     def torch_device(self) -> torch.device:
         """The device that ``device`` means here: of several processes each has a GPU of its own.
