@@ -384,7 +384,11 @@ def test_the_picture_draws_what_runs_share_once():
     figure = pytest.importorskip("matplotlib.figure").Figure()
     fused = rising(50, 60, 70, 72)
     wus = [*fused[:2], *({**r, "skipped": True} for r in rising(50, 60, 71, 71.5)[2:])]
-    runs = [Run("vgg11", "fused", 0, fused), Run("vgg11", "wus", 0, wus)]
+    baseline = [{**record, "train_seconds": 20} for record in fused]  # another time: another line
+    runs = [
+        Run("vgg11", name, 0, history)
+        for name, history in (("baseline", baseline), ("fused", fused), ("wus", wus))
+    ]
     _curves(axes := figure.subplots(), runs)
     lines = {
         (line.get_color(), line.get_marker()): list(line.get_ydata()) for line in axes.get_lines()

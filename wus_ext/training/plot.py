@@ -100,10 +100,12 @@ def _curves(axes: Any, runs: Sequence[Run]) -> None:
 
 
 def _shared(run: Run, other: Run) -> int:
-    """How many epochs both begin with, to the bit."""
+    """How many epochs both begin with: equal to the bit, at about the same time."""
     count = 0
-    for one, two in zip(run.history, other.history, strict=False):
-        if (one["test_accuracy"], one["skipped"]) != (two["test_accuracy"], two["skipped"]):
+    ends = zip(_ends(run), _ends(other), strict=False)
+    for one, two, (here, there) in zip(run.history, other.history, ends, strict=False):
+        same = (one["test_accuracy"], one["skipped"]) == (two["test_accuracy"], two["skipped"])
+        if not same or abs(here - there) > 0.25 * there:
             break
         count += 1
     return count
