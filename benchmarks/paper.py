@@ -92,7 +92,7 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 def open_runs(unit: Unit, data_dir: Path, out: Path, images: dict[str, Any]) -> Runs:
     config = unit.config(data_dir, images)
-    build = (lambda classes: small_network()) if unit.network in SMALL else None
+    build = small_network if unit.network in SMALL else None
     return Runs(
         config, load_data(config), Store(out / str(unit)), build=build,
         say=lambda line: print(unit, line, flush=True),
