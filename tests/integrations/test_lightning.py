@@ -248,7 +248,9 @@ def test_errors():
         fit(Classifier([-3.0]), WeightUpdateSkipping("acc", percent=True), epochs=1)
 
 
-def test_settings_of_convert_and_the_layers_that_skip(monkeypatch):
+@pytest.fixture
+def converted(monkeypatch):
+    """What the callback converts, and with which settings."""
     given = []
     original = _decisions.convert
 
@@ -257,21 +259,26 @@ def test_settings_of_convert_and_the_layers_that_skip(monkeypatch):
         return original(module, **settings)
 
     monkeypatch.setattr(_decisions, "convert", convert)
+    return given
+
+
+def test_settings_of_convert_and_the_layers_that_skip(converted):
     settings = {"full": "fused", "norm": "frozen", "algo": "f2"}
     model = Classifier([0.5] * 3)
     callback = WeightUpdateSkipping("acc", layers="network.layers.3", **settings, **SETTINGS)
     fit(model, callback, epochs=3)
-    assert given == [("Network", settings), ("Classifier", settings)]
+    assert converted == [("Network", settings), ("Classifier", settings)]
     assert [sorted(names) for names in model.trained][2] == ["0.bias", "0.weight", "3.bias"]
 
 
-@pytest.mark.parametrize(("settings", "fuses"), [({}, False), ({"full": "fused"}, True)])
-def test_a_setting_that_is_given_converts_anew(settings, fuses, caplog):
+def test_a_setting_that_is_given_converts_anew(converted):
     model = Classifier()
     wus_ext.convert(model.network, fuse=False)
-    with caplog.at_level(logging.INFO, "wus_ext"):
-        fit(model, WeightUpdateSkipping("acc", **settings, **SETTINGS))
-    assert ("SkipNetwork: fused 2 chains" in caplog.text) is fuses
+    fit(model, WeightUpdateSkipping("acc", **SETTINGS))
+    assert converted == []
+    model.trained.clear()
+    fit(model, WeightUpdateSkipping("acc", full="fused", **SETTINGS))
+    assert [settings for _, settings in converted] == [{"full": "fused"}] * 2
     assert model.skipped() == EXPECTED
 
 
