@@ -19,6 +19,7 @@ from wus_ext.training.memory import saving
 NETWORKS = {
     "alexnet": lambda: wus_ext.models.alexnet(),
     "vgg11": lambda: wus_ext.models.vgg11(),
+    "vgg11_bn": lambda: wus_ext.models.vgg11(batch_norm=True),
     "vgg16": lambda: wus_ext.models.vgg16(),
     "vgg16_bn": lambda: wus_ext.models.vgg16(batch_norm=True),
     "resnet18": lambda: wus_ext.models.resnet18(),

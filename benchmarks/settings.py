@@ -43,7 +43,7 @@ STEPS = TRAIN // BATCH
 SKIP_COSTS = (0.25, 0.5)
 
 
-def network() -> nn.Sequential:
+def network(classes: int = 10) -> nn.Sequential:
     layers: list[nn.Module] = []
     inputs = (3, *WIDTHS)
     for i, width in enumerate(WIDTHS):
@@ -55,7 +55,7 @@ def network() -> nn.Sequential:
         ]
         if i in (0, 2, 4):
             layers.append(nn.MaxPool2d(2))
-    layers += [nn.Flatten(), nn.Linear(4 * WIDTHS[-1], 10)]
+    layers += [nn.Flatten(), nn.Linear(4 * WIDTHS[-1], classes)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 

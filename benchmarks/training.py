@@ -1,13 +1,21 @@
-"""The figures of docs/results.md: one command for each network.
+"""The figures of docs/results.md.
 
+    python benchmarks/training.py choose --data-dir DIRS
+    python benchmarks/training.py paper --networks vgg11_bn --seeds 3 --data-dir DIRS
+    python benchmarks/training.py paper --report
     python benchmarks/training.py cifar10 alexnet --seeds 3 --data-dir DIR
     python benchmarks/training.py digits vgg11_bn --seeds 3
 
-DIR holds CIFAR-10 as image files, train/<class>/* and test/<class>/*. A run that was interrupted
-goes on where it stopped. ``--limit-train``, ``--limit-test`` and ``--epochs`` make it longer or
-shorter than the page's. Times are training times, each epoch at the median of its kind in the run.
-Memory is that of a step, in full epochs -> in skipped ones: what it saves for backward and the
-transformed weights that it keeps; on a GPU the allocator's peak.
+``choose`` and ``paper`` train runs that share epochs (paper.py), and compute their times from the
+cost of steps; the others are timed by the clock. DIRS holds cifar10 and cifar100, DIR is one of
+them: image files, train/<class>/* and test/<class>/*. A run that was interrupted goes on where it
+stopped, and several processes with the same ``paper`` command share the work. Roundings, and so
+single accuracies, depend on the number of threads: ``paper`` had one (OMP_NUM_THREADS=1).
+
+By the clock: ``--limit-train``, ``--limit-test`` and ``--epochs`` make it longer or shorter than
+the page's. Times are training times, each epoch at the median of its kind in the run. Memory is
+that of a step, in full epochs -> in skipped ones: what it saves for backward and the transformed
+weights that it keeps; on a GPU the allocator's peak.
 """
 
 from __future__ import annotations
@@ -16,9 +24,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
+from typing import Any
 
+import paper
+import paper_tables
 from common import machine, table
 
+from wus_ext.methods.table import BASELINE, METHODS
 from wus_ext.training import ConfigError, DataError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare
 from wus_ext.training.report import Run, targets
@@ -38,8 +50,9 @@ def settings(args: argparse.Namespace) -> CompareConfig:
     names = ("limit_train", "limit_test", "epochs", "data_dir")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     base = TrainConfig(**SHARED, **(PROTOCOLS[args.protocol] | given))
-    methods = ("baseline", "fused", "wus", "wus+lr")
-    return CompareConfig(base=base, models=(args.network,), methods=methods, seeds=args.seeds)
+    return CompareConfig(
+        base=base, models=(args.network,), methods=tuple(METHODS), seeds=args.seeds
+    )
 
 
 def step_medians(run: Run) -> dict[bool, float]:
@@ -68,7 +81,7 @@ class Table:
     def __init__(self, runs: Sequence[Run], target: float | None) -> None:
         self.runs = runs
         self.targets = targets(runs, target)
-        self.baseline = {run.seed: run for run in runs if run.method == "baseline"}
+        self.baseline = {run.seed: run for run in runs if run.method == BASELINE}
 
     def lines(self) -> list[list[str]]:
         """A line for each method, its controls behind it."""
@@ -127,11 +140,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return fmean(values) if values else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("protocol", choices=PROTOCOLS)
+def _add_clock_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--data-dir", help="for cifar10")
     parser.add_argument("--seeds", type=int, default=1)
@@ -142,15 +151,69 @@ def main() -> None:
         "--target", type=float, help="accuracy in %% (default: the baseline's last, less 1)"
     )
     parser.add_argument("--out", type=Path, help="default: runs/results/PROTOCOL-NETWORK")
+    parser.set_defaults(run=clock)
+
+
+def _add_shared_arguments(commands: Any) -> None:
+    chosen = commands.add_parser("choose", help="the policy's settings, on validation images")
+    shared = commands.add_parser("paper", help="both methods, both datasets, and their rivals")
+    for command, run in ((chosen, choose_settings), (shared, train_paper)):
+        command.add_argument("--data-dir", type=Path, help="holds cifar10 and cifar100")
+        command.add_argument("--out", type=Path, default=Path("runs/results/shared"))
+        command.add_argument("--report", action="store_true", help="only tables, of what there is")
+        command.set_defaults(run=run)
+    networks = ("small", *NETWORKS)
+    shared.add_argument("--networks", nargs="+", choices=networks, default=list(NETWORKS))
+    shared.add_argument("--datasets", nargs="+", choices=paper.DATASETS, default=paper.DATASETS)
+    shared.add_argument("--seeds", type=int, default=1)
+    shared.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
+
+
+def train_paper(args: argparse.Namespace) -> None:
+    units = [
+        paper.Unit(network, dataset, seed)
+        for seed in range(args.seeds)
+        for network in args.networks
+        for dataset in args.datasets
+    ]
+    if not args.report:
+        paper.train(units, _data_dir(args), args.out, paper.IMAGES)
+    paper_tables.report(units, args.out, args.plot)
+
+
+def choose_settings(args: argparse.Namespace) -> None:
+    if not args.report:
+        paper.train([paper.CHOICE_UNIT], _data_dir(args), args.out, paper.CHOICE_IMAGES)
+    paper_tables.report_choice(args.out)
+
+
+def _data_dir(args: argparse.Namespace) -> Path:
+    if args.data_dir is None:
+        raise ConfigError("--data-dir is needed to train; --report shows what there is")
+    return args.data_dir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="protocol", required=True)
+    for name in PROTOCOLS:
+        _add_clock_arguments(commands.add_parser(name))
+    _add_shared_arguments(commands)
     args = parser.parse_args()
-    out = args.out or Path("runs/results") / f"{args.protocol}-{args.network}"
     try:
-        resume = (out / "compare.json").exists()
-        runs = compare(settings(args), out, resume=resume, target=args.target, say=print)
+        args.run(args)
     except (ConfigError, DataError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; the same command goes on from here\n")
+
+
+def clock(args: argparse.Namespace) -> None:
+    out = args.out or Path("runs/results") / f"{args.protocol}-{args.network}"
+    resume = (out / "compare.json").exists()
+    runs = compare(settings(args), out, resume=resume, target=args.target, say=print)
     print(f"{args.network}, {args.protocol}, {args.seeds} seeds; {machine()}\n")
     print(table(list(Table.HEADER), Table(runs, args.target).lines()))
 

@@ -18,8 +18,9 @@ import torch
 from . import packed_bytes, set_skip
 from ._machine import describe
 from .distributed import processes
+from .methods.table import METHODS, SKIPPING
 from .training.compare import CompareConfig, compare, read_compare
-from .training.config import METHODS, MODELS, TrainConfig
+from .training.config import MODELS, TrainConfig
 from .training.errors import ConfigError, DataError, MissingExtra, RunWarning, TrainingError
 from .training.launch import launched, launched_count
 from .training.methods import build_model
@@ -36,10 +37,11 @@ _GROUPS = {
         *("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gamma"),
         *("milestones", "amp", "channels_last", "cuda_graphs", "device", "seed"),
     ),
-    "when to skip (wus, wus+lr)": (
-        *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "lr_drop"),
+    f"when to skip ({', '.join(SKIPPING)})": (
+        *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "final_window"),
+        "lr_drop",
     ),
-    "how to skip (wus, wus+lr)": (
+    f"how to skip ({', '.join(SKIPPING)})": (
         *("skip_layers", "full_every", "train_gamma", "bias_lr", "window_momentum"),
         *("full", "norm", "algo", "packed_budget"),
     ),
@@ -257,8 +259,8 @@ def _parser() -> argparse.ArgumentParser:
         "Train the same networks, from the same weights and in the same data order, with each "
         "method, and tabulate accuracy, time and skipped epochs. The methods take turns, an epoch "
         "each; times are wall-clock times, so leave the machine alone. --schedule applies to all "
-        "methods alike: wus ignores drops of the learning rate, wus+lr reopens weight updates at "
-        "one. The baseline always runs.",
+        "methods alike: wus ignores jumps of the learning rate, wus+lr reopens weight updates at "
+        "a jump. The baseline always runs.",
         "example: wus-ext compare --models alexnet vgg11 --dataset cifar10 --seeds 3",
     )
     comparison.add_argument(

@@ -12,6 +12,7 @@ from torch import nn
 import wus_ext
 
 pl = pytest.importorskip("lightning.pytorch")
+from wus_ext.integrations import _decisions  # noqa: E402
 from wus_ext.integrations.lightning import WeightUpdateSkipping  # noqa: E402
 
 FLAT = [0.1, 0.5, 0.502, 0.504, 0.503, 0.505, 0.6, 0.601]
@@ -245,3 +246,42 @@ def test_errors():
         fit(Classifier([50.0]), WeightUpdateSkipping("acc"), epochs=1)
     with pytest.raises(ValueError, match="expected an accuracy, in percent"):
         fit(Classifier([-3.0]), WeightUpdateSkipping("acc", percent=True), epochs=1)
+
+
+@pytest.fixture
+def converted(monkeypatch):
+    """What the callback converts, and with which settings."""
+    given = []
+    original = _decisions.convert
+
+    def convert(module, **settings):
+        given.append((type(module).__name__, settings))
+        return original(module, **settings)
+
+    monkeypatch.setattr(_decisions, "convert", convert)
+    return given
+
+
+def test_settings_of_convert_and_the_layers_that_skip(converted):
+    settings = {"full": "fused", "norm": "frozen", "algo": "f2"}
+    model = Classifier([0.5] * 3)
+    callback = WeightUpdateSkipping("acc", layers="network.layers.3", **settings, **SETTINGS)
+    fit(model, callback, epochs=3)
+    assert converted == [("Network", settings), ("Classifier", settings)]
+    assert [sorted(names) for names in model.trained][2] == ["0.bias", "0.weight", "3.bias"]
+
+
+def test_a_setting_that_is_given_converts_anew(converted):
+    model = Classifier()
+    wus_ext.convert(model.network, fuse=False)
+    fit(model, WeightUpdateSkipping("acc", **SETTINGS))
+    assert converted == []
+    model.trained.clear()
+    fit(model, WeightUpdateSkipping("acc", full="fused", **SETTINGS))
+    assert [settings for _, settings in converted] == [{"full": "fused"}] * 2
+    assert model.skipped() == EXPECTED
+
+
+def test_wrong_settings_of_convert_are_refused_at_once():
+    with pytest.raises(ValueError, match="full: 'fast' is not one of stock, fused"):
+        WeightUpdateSkipping("acc", full="fast")

@@ -15,6 +15,7 @@ from wus_ext.nn import is_bias
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from wus_ext.integrations import _decisions  # noqa: E402
 from wus_ext.integrations.transformers import WeightUpdateSkipping  # noqa: E402
 
 FLAT = [0.1, 0.5, 0.502, 0.504, 0.503, 0.505, 0.6, 0.601]
@@ -148,8 +149,8 @@ def test_resumed_training_decides_alike(stop, tmp_path):
     rest = trainer(tmp_path, WeightUpdateSkipping(**SETTINGS), accuracies=FLAT[stop:], **options)
     path = tmp_path / f"checkpoint-{2 * stop}"
     saved = json.loads((path / "trainer_state.json").read_text())["stateful_callbacks"]
-    heard = saved["WeightUpdateSkipping"]["attributes"]["saved_decisions"]["heard"]
-    assert heard == pytest.approx(100 * FLAT[stop - 1])
+    recorded = saved["WeightUpdateSkipping"]["attributes"]["saved_decisions"]["recorded"]
+    assert recorded == pytest.approx(100 * FLAT[stop - 1])
     rest.train(resume_from_checkpoint=str(path))
     assert rest.watch.skipped() == whole.watch.skipped()[stop:]
     for name, parameter in whole.model.named_parameters():
@@ -206,3 +207,32 @@ def test_saved_models_load_in_stock(tmp_path):
     assert type(stock) is transformers.BertForSequenceClassification
     for name, tensor in model.state_dict().items():
         assert torch.equal(stock.state_dict()[name], tensor), name
+
+
+def test_settings_of_convert_and_layers_survive_a_checkpoint(tmp_path, monkeypatch):
+    """The Trainer makes a restored callback anew, from JSON."""
+    given = []
+    original = _decisions.convert
+
+    def convert(module, **settings):
+        given.append(settings)
+        return original(module, **settings)
+
+    monkeypatch.setattr(_decisions, "convert", convert)
+    options = {"save_strategy": "epoch", "restore_callback_states_from_checkpoint": True}
+    settings = {"layers": "bert", "full": "fused", "norm": "frozen", "algo": "direct"}
+
+    def callback():
+        return WeightUpdateSkipping(**settings, **SETTINGS)
+
+    whole = trainer(tmp_path, callback(), **options)
+    whole.train()
+    assert given == [{"full": "fused", "norm": "frozen", "algo": "direct"}]
+    for trained, skipped in zip(whole.watch.trained, EXPECTED, strict=True):
+        assert "classifier.weight" in trained
+        assert ("bert.pooler.dense.weight" in trained) is not skipped
+    rest = trainer(tmp_path, callback(), accuracies=FLAT[4:], **options)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert rest.watch.trained == whole.watch.trained[4:]
+    with pytest.raises(TypeError, match="layers: expected a name pattern"):
+        WeightUpdateSkipping(layers=lambda name, module: True)

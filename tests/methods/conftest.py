@@ -7,4 +7,5 @@ from wus_ext.methods import policy
 def stub_switch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "set_skip", lambda model, on, **_: model.switched.append(on))
+        patch.setattr(policy, "trains_nothing", lambda model: False)
         yield

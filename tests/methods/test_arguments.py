@@ -132,6 +132,7 @@ def test_a_switch_that_fails_leaves_the_policy_as_it_was(monkeypatch):
 
 def test_repr_names_the_settings():
     assert repr(WUS(Model(), threshold=2)) == (
-        "WUS(threshold=2.0, patience=2, max_window=3, warmup=5, min_open=1)"
+        "WUS(threshold=2.0, patience=2, max_window=3, warmup=5, min_open=1, "
+        "final_window=0, total_epochs=None)"
     )
-    assert repr(make("WUSLR")).endswith("min_open=1, lr_drop=0.5)")
+    assert repr(make("WUSLR")).endswith("total_epochs=None, lr_drop=0.5)")

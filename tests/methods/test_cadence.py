@@ -217,5 +217,5 @@ def test_decide_is_pure():
     history, phase, rules = [60.0] * 5, Phase(skipping=True, epochs=2), Settings()
     before = (list(history), phase, copy.copy(rules))
     assert decide(history, phase, rules) is decide(history, phase, rules) is True
-    assert decide(history, phase, rules, lr_dropped=True) is False
+    assert decide(history, phase, rules, lr_jumped=True) is False
     assert (history, phase, rules) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -54,9 +55,17 @@ LR_CADENCE = {
         {},
         ".SSS.SSS",
     ),
-    "a rise is no drop": (factors(0.1, 0.1, 0.2, 1, 1), {}, ".SSS.SSS"),
+    "a rise is a jump, too": (factors(0.1, 0.1, 0.1, 1), {}, ".S.SSS.S"),
+    "a rise to exactly 1 / lr_drop times is one": (factors(0.5, 0.5, 0.5, 1), {}, ".S.SSS.S"),
+    "a rise to a little less is none": (factors(0.51, 0.51, 0.51, 1), {}, ".SSS.SSS"),
+    "a warm restart reopens weight updates": (
+        lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=6),
+        {"lr_drop": 0.1},
+        ".SSS..SS",
+    ),
+    "a rise from 0 is a jump": (factors(0, 0, 0, 1), {}, ".S.SSS.S"),
     "a drop below the opening rate counts, one from a peak within the window does not": (
-        factors(0.5, 0.5, 1, 1, 0.5),
+        factors(0.6, 0.6, 1, 1, 0.5),
         {},
         ".SSS.SSS",
     ),
@@ -172,3 +181,68 @@ def test_not_a_scheduler_is_refused(scheduler):
 def test_bad_lr_drop_is_refused(lr_drop, error):
     with pytest.raises(error, match="lr_drop"):
         make("WUSLR", lr_drop=lr_drop)
+
+
+def test_a_scheduler_that_the_caller_steps_is_watched_only():
+    """Rates as an epoch began with them; the same decisions as when the policy steps it."""
+    for schedule in (factors(1, 1, 1, 0.1), factors(0.1, 0.1, 0.1, 1), factors(1, 1, 0.8, 0.5)):
+        optimizer = make_optimizer(0.1)
+        scheduler = schedule(optimizer)
+        optimizer.step()
+        policy = WUSLR(Model(), scheduler, step_scheduler=False, warmup=0, patience=1)
+        decisions = []
+        for accuracy in FLAT[:8]:
+            scheduler.step()
+            decisions.append(policy.step(accuracy))
+        own = make("WUSLR", schedule(make_optimizer(0.1)), warmup=0, patience=1)
+        assert decisions == [mark == "S" for mark in run_lr(own, FLAT[:8])]
+
+
+def test_a_scheduler_of_batches():
+    """OneCycleLR: weights train while the rate climbs and falls by more than half an epoch."""
+    epochs, batches = 12, 10
+    optimizer = make_optimizer(0.1)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * batches, pct_start=0.2)
+    policy = WUSLR(Model(), scheduler, step_scheduler=False, warmup=0, patience=1)
+    began, decisions = [], []
+    for _ in range(epochs):
+        began.append(optimizer.param_groups[0]["lr"])
+        for _ in range(batches):
+            optimizer.step()
+            scheduler.step()
+        decisions.append(policy.step(60.0))
+    assert began[2] > 2 * began[1] > 4 * began[0]
+    assert decisions[:3] == [False, False, True]
+    assert scheduler.last_epoch == epochs * batches
+
+
+def test_resuming_with_a_scheduler_that_the_caller_steps():
+    def build():
+        optimizer = make_optimizer(0.1)
+        scheduler = lr_scheduler.StepLR(optimizer, 3, gamma=0.1)
+        optimizer.step()
+        return scheduler, WUSLR(Model(), scheduler, step_scheduler=False, warmup=0, patience=1)
+
+    def step(scheduler, policy):
+        scheduler.step()
+        return policy.step(60.0)
+
+    whole = build()
+    decisions = [step(*whole) for _ in range(8)]
+    for stop in range(8):
+        first, second = build(), build()
+        before = [step(*first) for _ in range(stop)]
+        optimizers = [made[0].optimizer for made in (first, second)]
+        optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for old, new in zip(first, second, strict=True):
+            new.load_state_dict(copy.deepcopy(old.state_dict()))
+        assert before + [step(*second) for _ in range(stop, 8)] == decisions
+
+
+def test_a_metric_is_not_for_a_scheduler_that_the_caller_steps():
+    scheduler = lr_scheduler.ReduceLROnPlateau(make_optimizer(0.1))
+    policy = WUSLR(Model(), scheduler, step_scheduler=False)
+    with pytest.raises(ValueError, match=r"metric is for scheduler\.step"):
+        policy.step(60.0, metric=1.0)
+    with pytest.raises(TypeError, match="step_scheduler must be a bool, got 1"):
+        WUSLR(Model(), scheduler, step_scheduler=1)

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+import wus_ext
+from wus_ext.cli import _parser
+from wus_ext.methods.table import METHODS, Method
 from wus_ext.training import ConfigError, DataError, StorageError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare, read_compare
+from wus_ext.training.plot import _curves
 from wus_ext.training.report import Run, markdown
 from wus_ext.training.trainer import Trainer
 
@@ -332,3 +336,65 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path, small):
         ConfigError, match=r"seeds is 2 there, 1 here; lr is 0\.05 there, 0\.5 here"
     ):
         compare(contradiction, tmp_path, resume=True)
+
+
+class EveryOther:
+    """A policy of its own: every second epoch skips."""
+
+    layers = None
+
+    def __init__(self, model):
+        self.model, self.epochs = model, 0
+
+    @property
+    def skipping(self):
+        return self.epochs % 2 == 1
+
+    def step(self, accuracy):
+        self.epochs += 1
+        wus_ext.set_skip(self.model, self.skipping)
+        return self.skipping
+
+    def state_dict(self):
+        return {"epochs": self.epochs}
+
+
+def test_a_method_is_a_row_of_the_table(tmp_path, small, monkeypatch):
+    """Trainer, command line, table and picture take it from there."""
+    row = Method(
+        name="every-other",
+        label="every other",
+        colour="#CC79A7",
+        about="skips every second epoch",
+        build=lambda model, scheduler, **settings: EveryOther(model),
+    )
+    monkeypatch.setitem(METHODS, row.name, row)
+    runs = compare(CompareConfig(base=tiny.CONFIG, methods=(row.name,)), tmp_path)
+    by_method = {run.method: run for run in runs}
+    assert list(by_method) == ["baseline", row.name, f"baseline in the time of {row.name}"]
+    assert [r["skipped"] for r in by_method[row.name].history] == [False, True, False, True]
+    assert cells((tmp_path / "table.md").read_text(), "vgg11", row.name)[4] == "50"
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+    parsed = _parser().parse_args(["train", "--method", row.name])
+    assert parsed.method == row.name
+
+
+def test_the_picture_draws_what_runs_share_once():
+    """WUS is drawn from where it parts with the fused run, and skipped epochs are dots."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    fused = rising(50, 60, 70, 72)
+    wus = [*fused[:2], *({**r, "skipped": True} for r in rising(50, 60, 71, 71.5)[2:])]
+    baseline = [{**record, "train_seconds": 20} for record in fused]  # another time: another line
+    runs = [
+        Run("vgg11", name, 0, history)
+        for name, history in (("baseline", baseline), ("fused", fused), ("wus", wus))
+    ]
+    _curves(axes := figure.subplots(), runs)
+    lines = {
+        (line.get_color(), line.get_marker()): list(line.get_ydata()) for line in axes.get_lines()
+    }
+    colour = {name: METHODS[name].colour for name in ("fused", "wus")}
+    assert lines[colour["fused"], "None"] == [50, 60, 70, 72]
+    assert lines[colour["wus"], "None"] == [60, 71, 71.5]
+    assert lines[colour["wus"], "o"] == [71, 71.5]
+    assert lines[colour["fused"], "o"] == []

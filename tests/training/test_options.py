@@ -213,6 +213,7 @@ def test_momentum_of_what_skipped_is_kept_or_dropped_when_the_window_ends(
         window_momentum=window_momentum,
         full_every=full_every,
         max_window=2,
+        final_window=0,
         skip_layers=("0",),
     )
 
@@ -278,3 +279,23 @@ def test_saving_counts_each_storage_once_and_what_is_kept_not_at_all():
 def test_a_bad_option_is_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         WINDOWS.replace(**settings).validate()
+
+
+# The end of a run
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant"}, [False] * 5 + [True]),
+        ({"schedule": "constant", "final_window": 0}, [False] * 6),
+        ({"schedule": "constant", "final_window": 2}, [False] * 4 + [True] * 2),
+        ({"schedule": "cosine"}, [False] * 6),
+        ({"schedule": "cosine", "final_window": 1}, [False] * 5 + [True]),
+        ({"schedule": "cosine", "final_window": 1, "method": "wus+lr"}, [False] * 5 + [True]),
+        ({"schedule": "constant", "method": "fused"}, [False] * 6),
+    ],
+)
+def test_a_run_at_a_constant_rate_ends_in_a_window(settings, expected):
+    run = trainer(**({"threshold": 0.0, "epochs": 6} | settings))
+    assert [record["skipped"] for record in run.run()] == expected

@@ -120,6 +120,13 @@ def window_of_all(root: nn.Module) -> bool | None:
     return all(getattr(owner, "skip_biases", False) for owner in skipping)
 
 
+def trains_nothing(model: nn.Module) -> bool:
+    """Whether no parameter of ``model`` trains in the next step."""
+    root = unwrap(model)
+    still = skipped_now(root)
+    return not any(p.requires_grad and id(p) not in still for p in root.parameters())
+
+
 def _set_flag(layer: nn.Module, name: str, value: bool | str | None) -> None:
     # Off is the class's own value: what torch.compile traced before the first window still fits.
     layer.__dict__.pop(name, None)

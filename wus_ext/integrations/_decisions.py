@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
+from ..conversion.convert import convert
+from ..conversion.selection import Layers
 from ..conversion.windows import set_skip
+from ..engine.options import SkipOptions
 from ..methods.policy import WUS, WUSLR
-from ..methods.rules import Settings, check_lr_drop
+from ..methods.rules import Settings, SettingsDict, check_lr_drop
+from ..nn import SkipLayer
 
 
 class Decisions:
-    """Hears of an accuracy when an epoch ends and decides when the next one begins.
+    """Records an accuracy when an epoch ends and decides when the next one begins.
 
-    Between the two, schedulers are stepped and checkpoints saved; the state holds what was heard.
+    Between the two, schedulers are stepped and checkpoints saved; the state holds the record.
 
     Args:
         monitor: the metric's name, for messages.
         percent: whether it is in percent (0 to 100) or a fraction (0 to 1).
         lr_drop: as for :class:`wus_ext.WUSLR`; None leaves learning rates alone, as
             :class:`wus_ext.WUS`.
+        layers: what skips, as for :class:`wus_ext.WUS`.
         settings: see :class:`wus_ext.methods.rules.Settings`.
 
     Raises:
@@ -30,34 +36,43 @@ class Decisions:
     """
 
     def __init__(
-        self, monitor: str, *, percent: bool, lr_drop: float | None, **settings: Any
+        self,
+        monitor: str,
+        *,
+        percent: bool,
+        lr_drop: float | None,
+        layers: Layers | None,
+        **settings: Unpack[SettingsDict],
     ) -> None:
         Settings(**settings)
         if lr_drop is not None:
             check_lr_drop(lr_drop)
         self.monitor, self.percent = monitor, percent
-        self.lr_drop, self.settings = lr_drop, settings
+        self.lr_drop = lr_drop
+        self._settings = {"layers": layers, **settings}
         self.policy: WUS | None = None
-        self._rates: SeenRates | None = None
-        self._heard: float | None = None
+        self._recorded: float | None = None
         self._loaded: Mapping[str, Any] = {}
 
     def start(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Makes the policy, in the state that was loaded or left by the last run."""
         state = self.state_dict()
         if self.lr_drop is None:
-            self.policy = WUS(model, **self.settings)
+            self.policy = WUS(model, **self._settings)
         else:
-            self._rates = SeenRates(optimizers)
-            self.policy = WUSLR(model, self._rates, lr_drop=self.lr_drop, **self.settings)
+            self.policy = WUSLR(
+                model,
+                Rates(optimizers),
+                lr_drop=self.lr_drop,
+                step_scheduler=False,
+                **self._settings,
+            )
         if state:
             self.policy.load_state_dict(state["policy"])
-            self._heard = state["heard"]
-            if self._rates is not None:
-                self._rates.load(state["rates"])
+            self._recorded = state["recorded"]
 
-    def hear(self, accuracy: float | torch.Tensor) -> None:
-        """Notes the accuracy of the epoch that is ending; the last one heard counts.
+    def record(self, accuracy: float | torch.Tensor) -> None:
+        """Notes the accuracy of the epoch that is ending; the last one counts.
 
         Raises:
             ValueError: if it is no accuracy in the unit that was announced.
@@ -70,13 +85,13 @@ class Decisions:
                 f"{self.monitor}: got {value:g}, expected an accuracy, {unit} "
                 f"(percent={self.percent}; {other})"
             )
-        self._heard = value if self.percent else 100.0 * value
+        self._recorded = value if self.percent else 100.0 * value
 
     def decide(self) -> None:
-        """Switches the model for the epoch that begins, if an accuracy was heard since."""
-        if self._heard is not None:
-            self.policy.step(self._heard)
-            self._heard = None
+        """Switches the model for the epoch that begins, if an accuracy was recorded since."""
+        if self._recorded is not None:
+            self.policy.step(self._recorded)
+            self._recorded = None
 
     def stop(self) -> None:
         """Leaves the model training all of its parameters."""
@@ -93,8 +108,7 @@ class Decisions:
             return dict(self._loaded)
         return {
             "policy": self.policy.state_dict(),
-            "heard": self._heard,
-            "rates": [] if self._rates is None else self._rates.values(),
+            "recorded": self._recorded,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,25 +116,54 @@ class Decisions:
         self._loaded, self.policy = dict(state), None
 
 
-class SeenRates:
-    """Stands for the scheduler of a :class:`wus_ext.WUSLR`: its step looks at the learning rates.
+class Rates:
+    """Stands for the scheduler of a :class:`wus_ext.WUSLR`: the learning rates of optimizers.
 
     The framework steps the real schedulers, some of them many times an epoch.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
-        self.step()
 
     @property
-    def optimizer(self) -> SeenRates:
+    def optimizer(self) -> Rates:
         return self
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
     def step(self) -> None:
-        self.load([float(group["lr"]) for made in self._optimizers for group in made.param_groups])
+        """The framework's."""
 
-    def load(self, rates: Sequence[float]) -> None:
-        self.param_groups = [{"lr": rate} for rate in rates]
 
-    def values(self) -> list[float]:
-        return [group["lr"] for group in self.param_groups]
+class Conversion:
+    """Converts a model once, with the settings that were given.
+
+    Args:
+        full, norm, algo: as for :func:`wus_ext.convert`; None: its default, or what a model that
+            is converted already has.
+
+    Raises:
+        ValueError: for what ``convert`` refuses.
+    """
+
+    def __init__(self, **settings: str | None) -> None:
+        self.settings = {name: value for name, value in settings.items() if value is not None}
+        SkipOptions(**self.settings)
+        self._done = False
+
+    def __call__(self, *parts: nn.Module) -> None:
+        """Converts each part, the last of which holds the others."""
+        root = parts[-1]
+        converted = any(isinstance(module, SkipLayer) for module in root.modules())
+        if converted and (self._done or not self.settings):
+            return
+        if next(root.parameters(), None) is None:  # made later
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "convert: ", UserWarning)  # a part may have no bias
+            for part in parts[:-1]:
+                convert(part, **self.settings)
+        convert(root, **self.settings)
+        self._done = True

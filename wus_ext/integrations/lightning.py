@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from torch import nn
 
 try:
     import lightning.pytorch as pl
@@ -17,9 +17,9 @@ except ImportError:
             "wus_ext.integrations.lightning needs Lightning: pip install 'wus_ext[integrations]'"
         ) from error
 
-from ..conversion.convert import convert
-from ..nn import SkipLayer
-from ._decisions import Decisions
+from ..conversion.selection import Layers
+from ..methods.rules import LR_DROP, SettingsDict
+from ._decisions import Conversion, Decisions
 
 
 class WeightUpdateSkipping(pl.Callback):
@@ -35,10 +35,12 @@ class WeightUpdateSkipping(pl.Callback):
             ``on_validation_epoch_end`` or ``training_step(..., on_epoch=True)``. An epoch without
             a new value does not count.
         percent: whether it is in percent (0 to 100) or, the default, a fraction (0 to 1).
-        threshold, patience, max_window, warmup, min_open: see
-            :class:`wus_ext.methods.rules.Settings`; the threshold is in
-            percentage points whatever the unit of the metric.
         lr_drop: see :class:`wus_ext.WUSLR`; None ignores learning rates.
+        layers: what skips, as for :class:`wus_ext.WUS`.
+        full, norm, algo: as for :func:`wus_ext.convert`; None: its default, or what a model that
+            is converted already has. One that is given converts such a model anew.
+        **settings: fields of :class:`wus_ext.methods.rules.Settings`, which has their defaults;
+            the threshold is in percentage points whatever the unit of the metric.
 
     Raises:
         TypeError, ValueError: for settings that the policies refuse; in ``fit``, for a metric that
@@ -56,24 +58,18 @@ class WeightUpdateSkipping(pl.Callback):
         monitor: str,
         *,
         percent: bool = False,
-        threshold: float = 1.0,
-        patience: int = 2,
-        max_window: int = 3,
-        warmup: int = 5,
-        min_open: int = 1,
-        lr_drop: float | None = 0.5,
+        lr_drop: float | None = LR_DROP,
+        layers: Layers | None = None,
+        full: str | None = None,
+        norm: str | None = None,
+        algo: str | None = None,
+        **settings: Unpack[SettingsDict],
     ) -> None:
         super().__init__()
         self.monitor = monitor
+        self._convert = Conversion(full=full, norm=norm, algo=algo)
         self._decisions = Decisions(
-            monitor,
-            percent=percent,
-            lr_drop=lr_drop,
-            threshold=threshold,
-            patience=patience,
-            max_window=max_window,
-            warmup=warmup,
-            min_open=min_open,
+            monitor, percent=percent, lr_drop=lr_drop, layers=layers, **settings
         )
         self._last: torch.Tensor | None = None
         self._validated = False
@@ -89,16 +85,16 @@ class WeightUpdateSkipping(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            convert_once(pl_module)
+            self._convert(*networks(pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        convert_once(pl_module)  # if made by configure_model
+        self._convert(*networks(pl_module))  # if made by configure_model
         # With its wrapper, which may not see pl_module run: training_step need not call it.
         self._decisions.start(trainer.model, trainer.optimizers)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch > 0:
-            self._hear(trainer)
+            self._record(trainer)
             if self._last is None and (self._validated or not trainer.enable_validation):
                 raise ValueError(
                     f"monitor: no metric {self.monitor!r} was logged; "
@@ -110,20 +106,20 @@ class WeightUpdateSkipping(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._validated = True
-            self._hear(trainer)
+            self._record(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hear(trainer)
+        self._record(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._decisions.stop()
 
-    def _hear(self, trainer: pl.Trainer) -> None:
+    def _record(self, trainer: pl.Trainer) -> None:
         value = trainer.callback_metrics.get(self.monitor)
         # A metric that was not logged anew is still the same tensor.
         if value is not None and value is not self._last:
             self._last = value
-            self._decisions.hear(trainer.strategy.reduce(value.float(), reduce_op="mean"))
+            self._decisions.record(trainer.strategy.reduce(value.float(), reduce_op="mean"))
 
     def state_dict(self) -> dict[str, Any]:
         return self._decisions.state_dict()
@@ -132,17 +128,7 @@ class WeightUpdateSkipping(pl.Callback):
         self._decisions.load_state_dict(state_dict)
 
 
-def convert_once(module: pl.LightningModule) -> None:
-    """Converts a LightningModule and each network in it, so that either may be called."""
-    if not has_parameters(module) or any(isinstance(m, SkipLayer) for m in module.modules()):
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "convert: ", UserWarning)  # a part may have no bias
-        for child in module.children():
-            if has_parameters(child):
-                convert(child)
-    convert(module)
-
-
-def has_parameters(module: torch.nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def networks(module: pl.LightningModule) -> list[nn.Module]:
+    """Each network in a LightningModule and itself, so that either may be called."""
+    inside = [child for child in module.children() if next(child.parameters(), None) is not None]
+    return [*inside, module]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -16,9 +17,9 @@ except ImportError as error:
         "pip install 'wus_ext[integrations]'"
     ) from error
 
-from ..conversion.convert import convert
-from ..nn import SkipLayer
-from ._decisions import Decisions
+from ..conversion.selection import patterns_of
+from ..methods.rules import LR_DROP, SettingsDict
+from ._decisions import Conversion, Decisions
 
 
 class WeightUpdateSkipping(TrainerCallback, ExportableState):
@@ -33,10 +34,12 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
     Args:
         monitor: name of an accuracy of ``compute_metrics``, with or without ``eval_``.
         percent: whether it is in percent (0 to 100) or, the default, a fraction (0 to 1).
-        threshold, patience, max_window, warmup, min_open: see
-            :class:`wus_ext.methods.rules.Settings`; the threshold is in
-            percentage points whatever the unit of the metric.
         lr_drop: see :class:`wus_ext.WUSLR`; None ignores learning rates.
+        layers: what skips: a pattern of names or several, as for :class:`wus_ext.WUS`.
+        full, norm, algo: as for :func:`wus_ext.convert`; None: its default, or what a model that
+            is converted already has. One that is given converts such a model anew.
+        **settings: fields of :class:`wus_ext.methods.rules.Settings`, which has their defaults;
+            the threshold is in percentage points whatever the unit of the metric.
 
     Raises:
         TypeError, ValueError: for settings that the policies refuse; in ``train``, without
@@ -54,26 +57,23 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
         monitor: str = "accuracy",
         *,
         percent: bool = False,
-        threshold: float = 1.0,
-        patience: int = 2,
-        max_window: int = 3,
-        warmup: int = 5,
-        min_open: int = 1,
-        lr_drop: float | None = 0.5,
+        lr_drop: float | None = LR_DROP,
+        layers: str | Sequence[str] | None = None,
+        full: str | None = None,
+        norm: str | None = None,
+        algo: str | None = None,
+        **settings: Unpack[SettingsDict],
     ) -> None:
         self.monitor = monitor if monitor.startswith("eval_") else f"eval_{monitor}"
-        self._arguments = {
-            "percent": percent,
-            "lr_drop": lr_drop,
-            "threshold": threshold,
-            "patience": patience,
-            "max_window": max_window,
-            "warmup": warmup,
-            "min_open": min_open,
-        }
-        self._decisions = Decisions(self.monitor, **self._arguments)
+        # They go into the Trainer's checkpoints, which are JSON: patterns, no predicate.
+        layers = None if layers is None else patterns_of(layers)
+        decisions = {"percent": percent, "lr_drop": lr_drop, "layers": layers, **settings}
+        conversion = {"full": full, "norm": norm, "algo": algo}
+        self._arguments = decisions | conversion
+        self._decisions = Decisions(self.monitor, **decisions)
+        self._convert = Conversion(**conversion)
         self._training = False
-        self._heard = False
+        self._recorded = False
         self._seen: set[str] = set()
 
     @property
@@ -90,7 +90,7 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         if model is not None:  # None with model_init
-            convert_once(model)
+            self._convert(model)
 
     def on_train_begin(
         self,
@@ -111,7 +111,7 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint=True",
                 stacklevel=2,
             )
-        convert_once(model)
+        self._convert(model)
         self._decisions.start(model, [optimizer])
         self._training = True
 
@@ -126,15 +126,15 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
         if not self._training or state.global_step == 0:
             return
         if self.monitor in metrics:
-            self._heard = True
-            self._decisions.hear(metrics[self.monitor])
+            self._recorded = True
+            self._decisions.record(metrics[self.monitor])
         else:  # of another data set, perhaps
             self._seen |= set(metrics)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._seen and not self._heard:
+        if self._seen and not self._recorded:
             raise ValueError(
                 f"monitor: evaluation gave no {self.monitor!r}; there are {sorted(self._seen)}"
             )
@@ -160,8 +160,3 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
     @saved_decisions.setter
     def saved_decisions(self, state: dict[str, Any]) -> None:
         self._decisions.load_state_dict(state)
-
-
-def convert_once(model: nn.Module) -> None:
-    if not any(isinstance(module, SkipLayer) for module in model.modules()):
-        convert(model)

@@ -5,14 +5,14 @@
 When it does not pay off:
 
 * The accuracy rises all the time, or the run is a few epochs long: hardly a window opens.
-* The accuracy is noisier than ``threshold``. On ``n`` held-out samples its standard error is
+* The accuracy is noisier than ``threshold``. On ``n`` samples its standard error is
   ``100 * sqrt(p * (1 - p) / n)`` points, for ``n = 1000`` and ``p = 0.5`` already 1.6.
 * The network has not begun to learn and sits at chance, which is flat, too. Use a longer
   ``warmup``.
 * Loading data or evaluating takes most of an epoch: a skip step makes only the training step
   cheaper.
-* The network has neither biases nor normalisation layers: nothing trains in a window. A shorter
-  run costs less and reaches the same.
+* The network has neither biases nor normalisation layers: nothing would train in a window, and
+  opening one is an error. A shorter run costs less and reaches the same.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..conversion.selection import Layers, patterns_of
-from ..conversion.windows import set_skip
+from ..conversion.windows import set_skip, trains_nothing
 from ..distributed import processes
-from .rules import Phase, Settings, check_lr_drop, decide, real
+from .rules import LR_DROP, Phase, Settings, SettingsDict, check_lr_drop, decide, real
 
 __all__ = ["WUS", "WUSLR", "Phase", "Settings", "decide"]
 
@@ -44,8 +44,7 @@ class WUS:
         model: the model to switch, anything that :func:`wus_ext.set_skip` takes.
         layers: the layers to switch, as :func:`wus_ext.set_skip` takes them; all others are left
             as they are. Default None: every layer.
-        threshold, patience, max_window, warmup, min_open: see
-            :class:`wus_ext.methods.rules.Settings`.
+        **settings: fields of :class:`wus_ext.methods.rules.Settings`, which has their defaults.
 
     Raises:
         TypeError: a setting is not of its type.
@@ -67,25 +66,16 @@ class WUS:
         model: nn.Module,
         *,
         layers: Layers | None = None,
-        threshold: float = 1.0,
-        patience: int = 2,
-        max_window: int = 3,
-        warmup: int = 5,
-        min_open: int = 1,
+        **settings: Unpack[SettingsDict],
     ) -> None:
-        self.settings = Settings(
-            threshold=threshold,
-            patience=patience,
-            max_window=max_window,
-            warmup=warmup,
-            min_open=min_open,
-        )
+        self.settings = Settings(**settings)
         self.model = model
         self.layers = layers if layers is None or callable(layers) else patterns_of(layers)
         if self.layers == []:
             raise ValueError("layers: no pattern; None means every layer")
         self._history: list[float] = []
         self._phase = Phase()
+        self._finishing = False
         self._switch(False)
 
     @property
@@ -102,27 +92,47 @@ class WUS:
         """Record the accuracy of the epoch that just ended and switch the model for the next.
 
         Args:
-            accuracy: held-out accuracy in percent, in [0, 100]: a number or a 0-dim tensor. Of
-                several processes each gives its own; the mean over them counts.
+            accuracy: in percent, in [0, 100], of the training set or of held-out data: a number or
+                a 0-dim tensor. Of several processes each gives its own; the mean over them counts.
 
         Returns:
             Whether the next epoch skips weight updates.
 
         Raises:
             TypeError: ``accuracy`` is not a number.
-            ValueError: ``accuracy`` is NaN or outside [0, 100]. The policy is unchanged then.
+            ValueError: ``accuracy`` is NaN or outside [0, 100], or a window would open in which
+                nothing trains. The policy is unchanged then, and weights train.
         """
         return self._advance(self._mean(accuracy, _percent))
+
+    def finish(self) -> None:
+        """Open the run's final window now: every epoch from here on skips weight updates.
+
+        For runs whose length is not known beforehand, early stopping for one; otherwise the
+        settings ``final_window`` and ``total_epochs`` do it.
+
+        Raises:
+            ValueError: nothing would train in the window.
+
+        >>> policy = wus_ext.WUS(wus_ext.convert(torch.nn.Linear(4, 2)))
+        >>> policy.finish()
+        >>> policy.skipping, policy.step(50.0), policy.step(60.0)
+        (True, True, True)
+        """
+        self._switch(True)
+        if not self.skipping:
+            self._phase = Phase(skipping=True)
+        self._finishing = True
 
     def _mean(self, value: Any, check: Callable[[Any], float]) -> float:
         wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
         group = self.model.process_group if wrapped else None
         return processes.mean(value, check, group)
 
-    def _advance(self, accuracy: float, *, lr_dropped: bool = False) -> bool:
+    def _advance(self, accuracy: float, *, lr_jumped: bool = False) -> bool:
         history = [*self._history, accuracy]
         phase = Phase(self.skipping, self._phase.epochs + 1)
-        skip = decide(history, phase, self.settings, lr_dropped=lr_dropped)
+        skip = self._finishing or decide(history, phase, self.settings, lr_jumped=lr_jumped)
         if skip and not phase.skipping and max(history) <= 1:
             warnings.warn(
                 f"no accuracy so far exceeds {max(history):g} percent; "
@@ -136,6 +146,13 @@ class WUS:
 
     def _switch(self, skip: bool) -> None:
         set_skip(self.model, skip, layers=self.layers)
+        if skip and trains_nothing(self.model):
+            set_skip(self.model, False, layers=self.layers)
+            raise ValueError(
+                "model: nothing trains in a skip window, for it has no bias that trains; use "
+                "convert(model, skip_gamma=False) if it has normalisation layers, layers= to skip "
+                "some layers only, or no policy"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, history and phase as plain data (loads with ``weights_only=True``).
@@ -147,6 +164,7 @@ class WUS:
             "history": self.history,
             "skipping": self._phase.skipping,
             "epochs": self._phase.epochs,
+            "finishing": self._finishing,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -161,6 +179,7 @@ class WUS:
         history, phase = self._check_state(state_dict)
         self._switch(phase.skipping)
         self._history, self._phase = history, phase
+        self._finishing = state_dict["finishing"]
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[list[float], Phase]:
         if not isinstance(state, Mapping):
@@ -171,7 +190,8 @@ class WUS:
                 f"was it saved by a {type(self).__name__}?"
             )
         saved, own = state["settings"], self._settings()
-        if saved != own:
+        # A run may get longer or shorter: nothing that was decided so far depends on it.
+        if not isinstance(saved, Mapping) or {**saved, "total_epochs": own["total_epochs"]} != own:
             raise ValueError(
                 f"state_dict was saved with settings {saved}, this policy has {own}: "
                 "build the policy with the saved settings"
@@ -183,9 +203,11 @@ class WUS:
                 f"state_dict must have a bool 'skipping' and 'epochs' from 0 to {len(history)} "
                 f"(the length of its history), got {phase.skipping!r} and {phase.epochs!r}"
             )
+        if not isinstance(state["finishing"], bool):
+            raise ValueError(f"state_dict must have a bool 'finishing', got {state['finishing']!r}")
         return history, phase
 
-    def _settings(self) -> dict[str, float]:
+    def _settings(self) -> dict[str, float | None]:
         return asdict(self.settings)
 
     def __repr__(self) -> str:
@@ -196,20 +218,22 @@ class WUS:
 class WUSLR(WUS):
     """:class:`WUS` together with a learning-rate scheduler, which :meth:`step` steps, too.
 
-    The learning rate *drops* when, in any parameter group, the coming epoch's is at most
-    ``lr_drop`` times the one that weights last trained with: in a window that of the epoch before
-    it opened, otherwise that of the epoch just ended. Weights train in the epoch after a drop. So
-    a step decay reopens weight updates at once, and a slow decay, as in cosine annealing, only
-    once it has added up within a window.
+    The learning rate *jumps* when, in any parameter group, the coming epoch's is at most
+    ``lr_drop`` times the one that weights last trained with, or at least ``1 / lr_drop`` times: in
+    a window that of the epoch before it opened, otherwise that of the epoch just ended. Weights
+    train in the epoch after a jump. So a step decay or a warm restart reopens weight updates at
+    once, and a slow decay, as in cosine annealing, only once it has added up within a window.
 
     Args:
         model: the model to switch, anything that :func:`wus_ext.set_skip` takes.
-        scheduler: any scheduler of ``torch.optim.lr_scheduler`` that is stepped once an epoch.
-            The caller must not step it as well.
+        scheduler: any scheduler of ``torch.optim.lr_scheduler``.
         layers: the layers to switch, as for :class:`WUS`.
-        threshold, patience, max_window, warmup, min_open: see
-            :class:`wus_ext.methods.rules.Settings`.
-        lr_drop: largest ratio of learning rates that counts as a drop, in (0, 1).
+        lr_drop: largest ratio of learning rates that counts as a jump, in (0, 1). Default 0.5.
+        step_scheduler: whether :meth:`step` steps the scheduler, once an epoch; the caller must
+            not step it as well. With False the caller does, after each batch or before
+            :meth:`step`, and the policy looks at the rates that the optimizer has by then; an
+            epoch counts with the rate that it began with. Default True.
+        **settings: fields of :class:`wus_ext.methods.rules.Settings`, which has their defaults.
 
     Raises:
         TypeError: ``scheduler`` is not a scheduler, or a setting is not of its type.
@@ -230,6 +254,16 @@ class WUSLR(WUS):
     ...     decisions.append(policy.step(accuracy))
     >>> decisions  # the learning rate drops after the third epoch
     [False, True, False, True, True]
+
+    A scheduler that is stepped after each batch:
+
+    >>> scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+    >>> policy = wus_ext.WUSLR(model, scheduler, step_scheduler=False, patience=1, warmup=0)
+    >>> for epoch in range(2):
+    ...     for batch in range(10):
+    ...         optimizer.step()
+    ...         scheduler.step()
+    ...     skipping = policy.step(60.0)
     """
 
     def __init__(
@@ -238,12 +272,9 @@ class WUSLR(WUS):
         scheduler: Any,
         *,
         layers: Layers | None = None,
-        threshold: float = 1.0,
-        patience: int = 2,
-        max_window: int = 3,
-        warmup: int = 5,
-        min_open: int = 1,
-        lr_drop: float = 0.5,
+        lr_drop: float = LR_DROP,
+        step_scheduler: bool = True,
+        **settings: Unpack[SettingsDict],
     ) -> None:
         if not callable(getattr(scheduler, "step", None)) or not hasattr(
             getattr(scheduler, "optimizer", None), "param_groups"
@@ -252,18 +283,13 @@ class WUSLR(WUS):
                 "scheduler must be a learning-rate scheduler with an optimizer, "
                 f"got {type(scheduler).__name__}"
             )
+        if not isinstance(step_scheduler, bool):
+            raise TypeError(f"step_scheduler must be a bool, got {step_scheduler!r}")
         self.lr_drop = check_lr_drop(lr_drop)
-        self.scheduler = scheduler
-        self._trained_lrs: list[float] = []
-        super().__init__(
-            model,
-            layers=layers,
-            threshold=threshold,
-            patience=patience,
-            max_window=max_window,
-            warmup=warmup,
-            min_open=min_open,
-        )
+        self.scheduler, self.step_scheduler = scheduler, step_scheduler
+        super().__init__(model, layers=layers, **settings)
+        #: What the epoch under way began with, and the last epoch that trained weights.
+        self._rates, self._trained_rates = self._current_rates(), []
 
     def step(
         self, accuracy: float | torch.Tensor, metric: float | torch.Tensor | None = None
@@ -271,8 +297,7 @@ class WUSLR(WUS):
         """Step the scheduler, then do as :meth:`WUS.step`.
 
         Args:
-            accuracy: held-out accuracy in percent, in [0, 100]: a number or a 0-dim tensor. Of
-                several processes each gives its own; the mean over them counts.
+            accuracy: as for :meth:`WUS.step`.
             metric: what a ``ReduceLROnPlateau`` watches, by default the accuracy (which needs
                 ``mode="max"``; a warning says so). Other schedulers take none.
 
@@ -282,22 +307,32 @@ class WUSLR(WUS):
         Raises:
             TypeError: ``accuracy`` is not a number.
             ValueError: ``accuracy`` is NaN or outside [0, 100], or ``metric`` is given to a
-                scheduler that takes none. Scheduler and policy are unchanged then.
+                scheduler that takes none or that the caller steps. Scheduler and policy are
+                unchanged then. Or a window would open in which nothing trains.
         """
         percent = self._mean(accuracy, _percent)
         if metric is not None and processes.count() > 1:
             metric = self._mean(metric, float)
-        trained = self._trained_lrs if self.skipping else self._lrs()
+        # Others may set the rates of an epoch before it begins, a warm-up or load_state_dict.
+        began = self._current_rates() if self.step_scheduler else self._rates
+        trained = self._trained_rates if self.skipping else began
         self._step_scheduler(percent, metric)
-        # The slack is for rounding: halving by gamma=0.5 is a drop to 0.5, whatever the dtype.
-        limit = self.lr_drop * (1 + 1e-6)
+        rates = self._current_rates()
         # Not strict: groups may have been added to the optimizer since.
-        pairs = zip(trained, self._lrs(), strict=False)
-        dropped = any(old > 0 and new <= limit * old for old, new in pairs)
-        self._trained_lrs = trained
-        return self._advance(percent, lr_dropped=dropped)
+        jumped = any(self._jumps(*pair) for pair in zip(trained, rates, strict=False))
+        self._rates, self._trained_rates = rates, trained
+        return self._advance(percent, lr_jumped=jumped)
+
+    def _jumps(self, old: float, new: float) -> bool:
+        # The slack is for rounding: halving by gamma=0.5 is a drop to 0.5, whatever the dtype.
+        ratio = self.lr_drop * (1 + 1e-6)
+        return old != new and min(old, new) <= ratio * max(old, new)
 
     def _step_scheduler(self, accuracy: float, metric: float | torch.Tensor | None) -> None:
+        if not self.step_scheduler:
+            if metric is not None:
+                raise ValueError("metric is for scheduler.step, with step_scheduler=False yours")
+            return
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             if metric is not None:
                 raise ValueError(
@@ -313,7 +348,7 @@ class WUSLR(WUS):
             )
         self.scheduler.step(accuracy if metric is None else metric)
 
-    def _lrs(self) -> list[float]:
+    def _current_rates(self) -> list[float]:
         return [float(group["lr"]) for group in self.scheduler.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,16 +356,22 @@ class WUSLR(WUS):
 
         Not the scheduler's state: save that with ``scheduler.state_dict()``.
         """
-        return {**super().state_dict(), "trained_lrs": list(self._trained_lrs)}
+        return {
+            **super().state_dict(),
+            "rates": list(self._rates),
+            "trained_rates": list(self._trained_rates),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As :meth:`WUS.load_state_dict`; the scheduler and the optimizer load their own."""
         self._check_state(state_dict)
-        trained = [real("trained_lrs", lr) for lr in state_dict["trained_lrs"]]
+        rates, trained = (
+            [real(name, rate) for rate in state_dict[name]] for name in ("rates", "trained_rates")
+        )
         super().load_state_dict(state_dict)
-        self._trained_lrs = trained
+        self._rates, self._trained_rates = rates, trained
 
-    def _settings(self) -> dict[str, float]:
+    def _settings(self) -> dict[str, float | None]:
         return {**super()._settings(), "lr_drop": self.lr_drop}
 
 

@@ -15,8 +15,9 @@ nothing extra, or of held-out data.
 * A *skip window* opens when the accuracy is flat, at least ``warmup`` epochs have passed and the
   weights have trained for at least ``min_open`` epochs since the last window (or the start).
 * It closes when the accuracy is no longer flat, and in any case after ``max_window`` epochs.
-* With a learning-rate scheduler (:class:`wus_ext.WUSLR`), a drop of the learning rate closes the
-  window, and none opens in the epoch after a drop.
+* With a learning-rate scheduler (:class:`wus_ext.WUSLR`), a jump of the learning rate closes the
+  window, and none opens in the epoch after a jump.
+* The last ``final_window`` epochs of a run of ``total_epochs`` are a window, whatever else holds.
 
 :func:`decide` is exactly that, as a pure function.
 """
@@ -27,9 +28,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
-__all__ = ["Phase", "Settings", "check_lr_drop", "decide", "real"]
+__all__ = ["LR_DROP", "Phase", "Settings", "SettingsDict", "check_lr_drop", "decide", "real"]
+
+
+#: Default of the ratio of learning rates that counts as a jump.
+LR_DROP = 0.5
+
+#: The least that each number of epochs may be.
+_LENGTHS = {
+    "patience": 1,
+    "max_window": 1,
+    "warmup": 0,
+    "min_open": 1,
+    "final_window": 0,
+    "total_epochs": 1,
+}
+
+
+class SettingsDict(TypedDict, total=False):
+    """The fields of :class:`Settings`, for signatures that pass them on."""
+
+    threshold: float
+    patience: int
+    max_window: int
+    warmup: int
+    min_open: int
+    final_window: int
+    total_epochs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +72,9 @@ class Settings:
             towards the variation, so no window opens before epoch
             ``max(warmup, patience + 1, min_open)`` has ended.
         min_open: epochs that weights train between two windows, at least 1.
+        final_window: so many epochs at the end of the run skip, whatever the accuracy; needs
+            ``total_epochs``.
+        total_epochs: length of the run, at least 1; None: not known.
 
     Raises:
         TypeError: a length is not an integer or the threshold is not a number.
@@ -56,6 +86,8 @@ class Settings:
     max_window: int = 3
     warmup: int = 5
     min_open: int = 1
+    final_window: int = 0
+    total_epochs: int | None = None
 
     def __post_init__(self) -> None:
         # Plain Python numbers, so that a state dict loads with torch.load(weights_only=True).
@@ -63,13 +95,22 @@ class Settings:
         if not 0 <= threshold <= 100:
             raise ValueError(f"threshold must be in [0, 100] percentage points, got {threshold}")
         object.__setattr__(self, "threshold", threshold)
-        for name, least in (("patience", 1), ("max_window", 1), ("warmup", 0), ("min_open", 1)):
+        for name, least in _LENGTHS.items():
             value = getattr(self, name)
+            if name == "total_epochs" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an integer number of epochs, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             object.__setattr__(self, name, int(value))
+        if self.final_window and self.total_epochs is None:
+            raise ValueError("final_window needs total_epochs, the length of the run")
+
+    def ends(self, epochs: int) -> bool:
+        """Whether the epoch after so many lies in the run's final window."""
+        total = self.total_epochs
+        return total is not None and total - self.final_window <= epochs < total
 
 
 class Phase(NamedTuple):
@@ -80,7 +121,7 @@ class Phase(NamedTuple):
 
 
 def decide(
-    history: Sequence[float], phase: Phase, settings: Settings, *, lr_dropped: bool = False
+    history: Sequence[float], phase: Phase, settings: Settings, *, lr_jumped: bool = False
 ) -> bool:
     """Say whether the next epoch skips weight updates. Pure: equal arguments, equal answer.
 
@@ -88,7 +129,7 @@ def decide(
         history: accuracy in percent of every epoch so far, the latest last.
         phase: the phase that the latest epoch belonged to, that epoch included.
         settings: when windows open and close.
-        lr_dropped: the learning rate for the next epoch has dropped, so that weights must train.
+        lr_jumped: the learning rate of the next epoch has jumped, so that weights must train.
 
     >>> settings = Settings(threshold=1.0, patience=1, warmup=0)
     >>> decide([60.0, 60.4], Phase(skipping=False, epochs=2), settings)
@@ -96,9 +137,11 @@ def decide(
     >>> decide([60.0, 61.4], Phase(skipping=False, epochs=2), settings)
     False
     """
+    if settings.ends(len(history)):
+        return True
     recent = history[-(settings.patience + 1) :]
     flat = len(recent) > settings.patience and max(recent) - min(recent) < settings.threshold
-    if lr_dropped or not flat:
+    if lr_jumped or not flat:
         return False
     if phase.skipping:
         return phase.epochs < settings.max_window

@@ -20,6 +20,7 @@ from .errors import (
     StorageError,
     TrainingError,
 )
+from .lr_finder import LrCurve, find_lr
 from .progress import Progress
 from .splits import FileSplit, MemorySplit
 from .trainer import Trainer, train
@@ -29,6 +30,7 @@ __all__ = [
     "Data",
     "DataError",
     "FileSplit",
+    "LrCurve",
     "MemorySplit",
     "MissingExtra",
     "Progress",
@@ -37,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TrainingError",
+    "find_lr",
     "load_checkpoint",
     "load_data",
     "train",

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .config import METHODS, RELOCATABLE, SKIPPING, TrainConfig
+from ..methods.table import BASELINE, METHODS, SKIPPING
+from .config import RELOCATABLE, TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError
 from .files import write_atomic
@@ -36,7 +37,7 @@ class CompareConfig:
     Args:
         base: the settings that all runs share; its model, method and seed do not matter.
         models: networks, see :data:`~wus_ext.training.config.MODELS`.
-        methods: any of ``baseline``, ``fused``, ``wus``, ``wus+lr``. The baseline always runs:
+        methods: any of :data:`~wus_ext.methods.table.METHODS`. The baseline always runs:
             everything is measured against it.
         seeds: runs of each, with the seeds 0, 1, ...
         control: also train the baseline, and ``fused`` if it is one of the methods, for only as
@@ -45,7 +46,7 @@ class CompareConfig:
 
     base: TrainConfig
     models: tuple[str, ...] = ("vgg11",)
-    methods: tuple[str, ...] = ("baseline", *SKIPPING)
+    methods: tuple[str, ...] = (BASELINE, *SKIPPING)
     seeds: int = 1
     control: bool = True
 
@@ -70,7 +71,7 @@ class CompareConfig:
 
     def ordered_methods(self) -> list[str]:
         """The methods in the order of the table, the baseline first."""
-        return [name for name in METHODS if name in self.methods or name == "baseline"]
+        return [name for name in METHODS if name in self.methods or name == BASELINE]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -235,9 +236,9 @@ def _controls(
     """What never skips, given only each other method's time: what training less reaches."""
     by_method = {run.method: run for run in runs}
     controls = []
-    for full in ("baseline", "fused"):
+    for full in (name for name in by_method if METHODS[name].build is None):
         for name, run in by_method.items():
-            if full not in by_method or name in ("baseline", full):
+            if name in (BASELINE, full):
                 continue
             share = run.typical_seconds() / by_method[full].typical_seconds()
             epochs = max(1, min(base.epochs, round(base.epochs * share)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,15 @@ import torch
 
 from ..distributed import processes
 from ..engine.options import ALGORITHMS, FULL, NORMS
-from ..methods.rules import Settings
+from ..methods.rules import LR_DROP, Settings
+from ..methods.table import METHODS
 from .errors import ConfigError
 from .settings import check_types, from_plain, to_plain
 
-__all__ = ["DATASETS", "METHODS", "MODELS", "TrainConfig"]
+__all__ = ["DATASETS", "MODELS", "TrainConfig"]
 
 MODELS = ("alexnet", "vgg11", "vgg11_bn", "vgg16", "vgg16_bn", "resnet18")
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
-METHODS = ("baseline", "fused", "wus", "wus+lr")
-SKIPPING = ("wus", "wus+lr")
 SCHEDULES = ("constant", "cosine", "step")
 AMP = ("off", "bf16", "fp16")
 WATCH = ("train", "validation")
@@ -59,9 +58,7 @@ class TrainConfig:
     )
     method: str = option(
         "wus",
-        "baseline: stock PyTorch; fused: no skipping, but full steps on the skip step's kernels "
-        "(CPU, float32); wus: Weight Update Skipping; wus+lr: the same, but a drop of the learning "
-        "rate reopens weight updates",
+        "; ".join(f"{name}: {method.about}" for name, method in METHODS.items()),
         choices=METHODS,
     )
 
@@ -105,7 +102,15 @@ class TrainConfig:
     max_window: int = option(_POLICY.max_window, "longest skip window, in epochs")
     warmup: int = option(_POLICY.warmup, "epochs before the first skip window may open")
     min_open: int = option(_POLICY.min_open, "epochs that weights train between two windows")
-    lr_drop: float = option(0.5, "wus+lr: ratio of learning rates that counts as a drop, in (0, 1)")
+    final_window: int | None = option(
+        None,
+        "epochs at the end of the run that skip, whatever the accuracy",
+        type=int,
+        unset="1 with --schedule constant, else 0",
+    )
+    lr_drop: float = option(
+        LR_DROP, "wus+lr: ratio of learning rates that counts as a jump, in (0, 1)"
+    )
 
     skip_layers: tuple[str, ...] = option(
         (),
@@ -217,8 +222,10 @@ class TrainConfig:
             raise ConfigError("watch='validation' needs a validation fraction above 0")
         if self.train_gamma and self.norm == "frozen":
             raise ConfigError("train_gamma needs norm 'batch': a layer that trains is not frozen")
-        if self.method == "wus+lr" and self.schedule == "constant":
-            raise ConfigError("method 'wus+lr' needs the schedule 'cosine' or 'step', or use 'wus'")
+        if METHODS[self.method].needs_schedule and self.schedule == "constant":
+            raise ConfigError(
+                f"method {self.method!r} needs the schedule 'cosine' or 'step', or use 'wus'"
+            )
 
     def _check_machine(self) -> None:
         if self.cuda_graphs and processes.count() > 1:
@@ -239,13 +246,17 @@ class TrainConfig:
             "norm": self.norm,
             "algo": self.algo,
             "memory_budget": budget,
-            "full": "fused" if self.method == "fused" else self.full,
+            "full": METHODS[self.method].full or self.full,
         }
 
     def policy_settings(self) -> dict[str, Any]:
         """The settings of :class:`wus_ext.WUS`."""
         names = [field.name for field in dataclasses.fields(Settings)]
-        return {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        if self.final_window is None:
+            # What never settles by a falling rate settles in a window: docs/results.md.
+            given["final_window"] = int(self.schedule == "constant")
+        return {**given, "total_epochs": self.epochs}
 
     def torch_device(self) -> torch.device:
         """The device that ``device`` means here: of several processes each has a GPU of its own.
@@ -302,7 +313,7 @@ _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 RELOCATABLE = frozenset({"data_dir", "download", "memory_budget", "workers", "device"})
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, choices: Collection[str]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +11,8 @@ from torch.optim import lr_scheduler
 from .. import models
 from ..conversion.convert import convert, revert
 from ..conversion.windows import set_skip
-from ..methods.policy import WUS, WUSLR
-from .config import SKIPPING, TrainConfig
+from ..methods.table import METHODS, Policy
+from .config import TrainConfig
 from .errors import ConfigError
 
 __all__ = ["build_model", "build_policy", "build_scheduler", "check_layers"]
@@ -37,7 +36,7 @@ def build_model(
         if suffix == "bn":
             options["batch_norm"] = True
         model = getattr(models, name)(num_classes=classes, **options)
-    if config.method == "baseline":
+    if not METHODS[config.method].converts:
         return revert(model)
     return convert(model, **config.skip_settings())
 
@@ -56,21 +55,19 @@ def build_scheduler(
 
 def build_policy(
     config: TrainConfig, model: nn.Module, scheduler: lr_scheduler.LRScheduler | None
-) -> Any:
-    """The :class:`wus_ext.WUS` or :class:`wus_ext.WUSLR` of ``config``; ``None`` without skipping.
-
-    ``WUSLR`` steps the scheduler itself.
+) -> Policy | None:
+    """Who decides when ``config``'s run skips; ``None`` without skipping.
 
     Raises:
         ConfigError: ``skip_layers`` means no layer of ``model``.
     """
-    if config.method not in SKIPPING:
+    build = METHODS[config.method].build
+    if build is None:
         return None
     check_layers(config, model)
-    settings = {"layers": config.skip_layers or None, **config.policy_settings()}
-    if config.method == "wus":
-        return WUS(model, **settings)
-    return WUSLR(model, scheduler, lr_drop=config.lr_drop, **settings)
+    layers = config.skip_layers or None
+    settings = config.policy_settings()
+    return build(model, scheduler, layers=layers, lr_drop=config.lr_drop, **settings)
 
 
 def check_layers(config: TrainConfig, model: nn.Module | None = None) -> None:
@@ -79,7 +76,7 @@ def check_layers(config: TrainConfig, model: nn.Module | None = None) -> None:
     Raises:
         ConfigError: a pattern matches nothing, or all together nothing that can skip.
     """
-    if config.method not in SKIPPING or not config.skip_layers:
+    if METHODS[config.method].build is None or not config.skip_layers:
         return
     if model is None:
         with torch.device("meta"):  # names are all that is needed

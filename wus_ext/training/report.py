@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..methods.table import BASELINE, METHODS
 from .config import TrainConfig
 from .files import write_atomic
 from .plot import draw
@@ -34,7 +35,7 @@ class Run:
 
     Args:
         model: the network.
-        method: ``baseline``, ``fused``, ``wus``, ``wus+lr``, or one of the first two ``in the time
+        method: one of :data:`~wus_ext.methods.table.METHODS`, or one that never skips ``in the time
             of`` another.
         seed: of weights and data order.
         history: its records, as in ``metrics.jsonl``.
@@ -74,14 +75,14 @@ class Run:
     @property
     def skipped(self) -> float:
         """Percentage of steps that skipped weight updates: of epochs, without ``full_every``."""
-        return 100 * fmean(r.get("skipped_steps", r["skipped"]) for r in self.history)
+        return 100 * fmean(r["skipped_steps"] for r in self.history)
 
     def memory(self, *, skipped: bool) -> float | None:
         """Peak memory of the steps of epochs of this kind, in MiB; ``None`` without any.
 
         See :class:`~wus_ext.training.memory.StepMemory`.
         """
-        peaks = [r.get("peak_bytes", 0) for r in self.history if r["skipped"] == skipped]
+        peaks = [r["peak_bytes"] for r in self.history if r["skipped"] == skipped]
         return max(peaks) / 2**20 if any(peaks) else None
 
     def epochs_to(self, target: float) -> int | None:
@@ -141,13 +142,13 @@ def targets(runs: Sequence[Run], target: float | None = None) -> dict[tuple[str,
     return {
         (run.model, run.seed): run.accuracy - 1 if target is None else target
         for run in runs
-        if run.method == "baseline"
+        if run.method == BASELINE
     }
 
 
 def rows(runs: Sequence[Run], target: float | None = None) -> list[Row]:
     """One row per run; ``saved`` is against the baseline of the same network and seed, in %."""
-    baseline = {(run.model, run.seed): run.seconds for run in runs if run.method == "baseline"}
+    baseline = {(run.model, run.seed): run.seconds for run in runs if run.method == BASELINE}
     wanted = targets(runs, target)
     return [
         Row(
@@ -184,7 +185,7 @@ def markdown(runs: Sequence[Run], config: TrainConfig, target: float | None = No
     every = rows(runs, target)
     models = list(dict.fromkeys(row.model for row in every))
     methods = list(dict.fromkeys(row.method for row in every))
-    methods.sort(key=lambda name: ("time of" in name, name != "baseline"))
+    methods.sort(key=lambda name: ("time of" in name, name != BASELINE))
     seeds = len({run.seed for run in runs})
     lines = [
         f"{config.dataset}, {_device(config)}, {config.epochs} epochs of the baseline, "
@@ -212,7 +213,7 @@ def _line(model: str, method: str, group: Sequence[Row], average: bool = False) 
     cells = [model, method]
     for name, (_, _, digits) in _FIGURES.items():
         values = [getattr(row, name) for row in group]
-        if (method, name) == ("baseline", "saved"):
+        if (method, name) == (BASELINE, "saved"):
             values = [None]
         cells.append(_cell(values, digits, spread=not average and name != "epochs"))
     return f"| {' | '.join(cells)} |"
@@ -230,7 +231,8 @@ def _cell(values: Sequence[float | None], digits: int, *, spread: bool) -> str:
 
 def _notes(control: bool, config: TrainConfig, target: float | None) -> list[str]:
     figures = "; ".join(
-        f"{data} {device}: {saved['wus']} % WUS, {saved['wus+lr']} % WUS+LR"
+        f"{data} {device}: "
+        + ", ".join(f"{part} % {METHODS[method].label}" for method, part in saved.items())
         for (data, device), saved in PAPER.items()
     )
     notes = [
@@ -269,7 +271,7 @@ def write_report(
         figures = (getattr(row, name) for name in _FIGURES)
         writer.writerow([row.model, row.method, run.seed, *figures])
     write_atomic(out / "table.csv", lambda file: file.write(text.getvalue().encode()))
-    write_atomic(out / "plot.png", lambda file: draw(runs, config, file))
+    write_atomic(out / "plot.png", lambda file: draw(runs, file))
     return table
 
 

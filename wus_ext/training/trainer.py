@@ -224,6 +224,8 @@ class Trainer:
         return evaluate(self.model, batches, device=self.device, amp=self.config.amp)
 
     def _decide(self, accuracy: float) -> None:
+        if self.scheduler is not None:
+            self.scheduler.step()
         if self.policy is not None:
             stood_still = skipped_now(self.model).values()
             if not self.policy.step(accuracy) and self.config.window_momentum == "reset":
@@ -232,9 +234,6 @@ class Trainer:
                     momentum = self.optimizer.state[weight].get("momentum_buffer")
                     if momentum is not None:
                         momentum.zero_()
-        # WUSLR has stepped the scheduler already.
-        if self.scheduler is not None and self.config.method != "wus+lr":
-            self.scheduler.step()
 
     def _store(self, record: dict[str, Any]) -> None:
         # Held-out images choose the best epoch; without a validation part that is the test part.

@@ -1,0 +1,258 @@
+"""The runs of docs/results.md that share epochs: which there are, and when they skip."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from branches import Epoch, Kept, Missing, Record, Runs, Store
+from settings import network as small_network
+
+import wus_ext
+from wus_ext.training import TrainConfig, load_data
+
+DATASETS = ("cifar10", "cifar100")
+SMALL = ("small", "choice")
+EPOCHS = 30
+RATE = 0.02
+MILESTONES = (0.5, 0.75)
+#: Thresholds, patience and longest windows to choose from, on validation images.
+CHOICE = ((1.0, 2, 3), (2.0, 1, 3), (2.0, 2, 3), (3.0, 1, 1), (3.0, 1, 3), (3.0, 2, 3))
+SHARED = {"dataset": "folder", "batch_size": 64, "lr": RATE, "method": "fused"}
+#: Images: for training and validation together, for test; and the part for validation.
+IMAGES = {"limit_train": 6000, "validation": 1 / 6, "limit_test": 2000}
+CHOICE_IMAGES = {"limit_train": 9000, "validation": 4 / 9, "limit_test": 100}
+
+
+def constant(epochs: int) -> tuple[Epoch, ...]:
+    return (Epoch(RATE),) * epochs
+
+
+def stepped(epochs: int) -> tuple[Epoch, ...]:
+    """A tenth of the rate from half of the run on, a hundredth from three quarters on."""
+    return tuple(Epoch(stepped_rate(done, epochs)) for done in range(epochs))
+
+
+def stepped_rate(done: int, epochs: int) -> float:
+    return RATE * 0.1 ** sum(done >= round(part * epochs) for part in MILESTONES)
+
+
+#: The choice, and cost of an epoch in stock's full ones: full="fused", skipped (README), and of
+#: the forward passes that estimate running statistics.
+CHOSEN = (3.0, 1, 1)
+COSTS = {
+    "small": (0.46, 0.23, 0.13),
+    "alexnet": (0.62, 0.32, 0.13),
+    "vgg11_bn": (0.46, 0.23, 0.13),
+    "vgg16_bn": (0.45, 0.25, 0.13),
+    "resnet18": (0.54, 0.31, 0.13),
+}
+AVERAGED = 5
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One network, dataset and seed; SMALL is the network of settings.py."""
+
+    network: str
+    dataset: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}-{self.network}-seed{self.seed}"
+
+    def config(self, data_dir: Path, images: dict[str, Any]) -> TrainConfig:
+        model = "vgg11" if self.network in SMALL else self.network
+        return TrainConfig(
+            model=model, seed=self.seed, data_dir=str(data_dir / self.dataset), **SHARED, **images
+        )
+
+
+#: The one on which settings are chosen.
+CHOICE_UNIT = Unit("choice", "cifar10", 0)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether no other process works there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def open_runs(unit: Unit, data_dir: Path, out: Path, images: dict[str, Any]) -> Runs:
+    config = unit.config(data_dir, images)
+    build = small_network if unit.network in SMALL else None
+    return Runs(
+        config, load_data(config), Store(out / str(unit)), build=build,
+        say=lambda line: print(unit, line, flush=True),
+    )  # fmt: skip
+
+
+def settings(choice: tuple[float, int, int], **more: Any) -> dict[str, Any]:
+    threshold, patience, max_window = choice
+    return {"threshold": threshold, "patience": patience, "max_window": max_window, **more}
+
+
+class Skipping:
+    """Chooses a run's next epoch as WUS or WUS+LR does, watching the training accuracy.
+
+    Args:
+        path: the run without skipping.
+        options: of the policy.
+    """
+
+    def __init__(self, path: Sequence[Epoch], **options: Any) -> None:
+        self.path, self.options = path, options
+
+    def __call__(self, done: Sequence[Epoch], records: Sequence[Record]) -> Epoch:
+        accuracies = [record["train_accuracy"] for record in records]
+        return replace(self.path[len(done)], skip=self._skips(accuracies))
+
+    def _skips(self, accuracies: Sequence[float]) -> bool:
+        """The package's own policy decides, on a model that stands for the network."""
+        model = wus_ext.convert(torch.nn.Linear(1, 1))
+        rates = [epoch.rate for epoch in self.path]
+        if len(set(rates)) == 1:
+            policy = wus_ext.WUS(model, **self.options)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda done: rates[min(done, len(rates) - 1)]
+            )
+            optimizer.step()
+            policy = wus_ext.WUSLR(model, scheduler, **self.options)
+        for accuracy in accuracies:
+            policy.step(accuracy)
+        return policy.skipping
+
+
+def choose(runs: Runs, epochs: int = EPOCHS) -> None:
+    """The settings to choose from, at a constant rate."""
+    runs.along(constant(epochs))
+    for choice in CHOICE:
+        for ending in ({}, {"total_epochs": epochs, "final_window": 1}):
+            runs.decided(epochs, Skipping(constant(epochs), **settings(choice), **ending))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the results: a run, its cost in stock's full epochs and its epochs' records."""
+
+    method: str
+    path: tuple[Epoch, ...]
+    cost: float
+    records: tuple[Record, ...]
+
+    @property
+    def last(self) -> float:
+        """Test accuracy after the last epoch."""
+        return self.records[-1]["test_accuracy"]
+
+    @property
+    def best(self) -> float:
+        """Test accuracy after the epoch that is best on the validation images."""
+        return max(self.records, key=lambda record: record["validation_accuracy"])["test_accuracy"]
+
+    @property
+    def skipped(self) -> float:
+        """Percentage of epochs."""
+        return 100 * sum(epoch.skip for epoch in self.path) / len(self.path)
+
+
+class Plan:
+    """The runs of a unit, in the order of the results; each may need those before it.
+
+    Args:
+        runs: what trains them or, to look only, what holds them.
+        network: for the costs.
+        epochs: length of the runs.
+    """
+
+    def __init__(self, runs: Kept, network: str, epochs: int = EPOCHS) -> None:
+        self.runs, self.epochs = runs, epochs
+        self.full, self.skip, self.forward = COSTS[network]
+
+    def entries(self) -> Iterator[Entry]:
+        """Those that can be had, with their cost."""
+        for made in (self._constant, self._rivals, self._stepped, self._stepped_rivals):
+            with suppress(Missing):
+                yield from made()
+
+    def _constant(self) -> Iterator[Entry]:
+        flat = constant(self.epochs)
+        yield self._stock("baseline", flat)
+        yield self._run("fused", flat)
+        yield self._run("WUS", self._decided(flat))
+        yield self._run("WUS, ending in a window", self._ending())
+        yield self._run("fused, last epoch skipped", (*flat[:-1], Epoch(RATE, skip=True)))
+        yield self._run("fused, last epoch to rate 0", (*flat[:-1], Epoch(RATE, end=0.0)))
+
+    def _rivals(self) -> Iterator[Entry]:
+        """At the cost of WUS that ends in a window."""
+        price = self._cost(self._ending())
+        short = constant(round(price / self.full))
+        yield self._stock("baseline in its time", constant(round(price)))
+        yield self._run("fused in its time", short)
+        yield self._run(
+            "fused in its time, last epoch to rate 0", (*short[:-1], Epoch(RATE, end=0.0))
+        )
+        yield self._run("fused in its time, then one skipped", (*short, Epoch(RATE, skip=True)))
+        yield self._averaged("fused in its time, statistics anew", short, 1)
+        yield self._averaged(f"fused in its time, {AVERAGED} epochs averaged", short, AVERAGED)
+
+    def _stepped(self) -> Iterator[Entry]:
+        falling = stepped(self.epochs)
+        yield self._stock("baseline, steps", falling)
+        yield self._run("fused, steps", falling)
+        yield self._run("WUS+LR", self._decided(falling))
+
+    def _stepped_rivals(self) -> Iterator[Entry]:
+        price = self._cost(self._decided(stepped(self.epochs)))
+        yield self._stock("baseline, steps, in its time", stepped(round(price)))
+        yield self._run("fused, steps, in its time", stepped(round(price / self.full)))
+
+    def _ending(self) -> tuple[Epoch, ...]:
+        return self._decided(constant(self.epochs), total_epochs=self.epochs, final_window=1)
+
+    def _decided(self, path: Sequence[Epoch], **more: Any) -> tuple[Epoch, ...]:
+        return self.runs.decided(len(path), Skipping(path, **settings(CHOSEN), **more))
+
+    def _cost(self, path: Sequence[Epoch]) -> float:
+        return sum(self.skip if epoch.skip else self.full for epoch in path)
+
+    def _stock(self, method: str, path: Sequence[Epoch]) -> Entry:
+        """Stock PyTorch: the fused run's trajectory, up to rounding, at a cost of 1 an epoch."""
+        return Entry(method, tuple(path), float(len(path)), tuple(self.runs.along(path)))
+
+    def _run(self, method: str, path: Sequence[Epoch]) -> Entry:
+        return Entry(method, tuple(path), self._cost(path), tuple(self.runs.along(path)))
+
+    def _averaged(self, method: str, path: Sequence[Epoch], count: int) -> Entry:
+        record = self.runs.statistics(path, count)
+        return Entry(method, tuple(path), self._cost(path) + self.forward, (record,))
+
+
+def train(units: Sequence[Unit], data_dir: Path, out: Path, images: dict[str, Any]) -> None:
+    """What is missing of these, but for those that another process works on."""
+    for unit in units:
+        with claimed(out / str(unit)) as free:
+            if free and not (out / str(unit) / "done").exists():
+                runs = open_runs(unit, data_dir, out, images)
+                if unit == CHOICE_UNIT:
+                    choose(runs)
+                else:
+                    for _ in Plan(runs, unit.network).entries():
+                        pass
+                runs.store.drop_checkpoints()
+                (out / str(unit) / "done").touch()
