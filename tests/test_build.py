@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -286,3 +287,31 @@ def test_without_cudnn_frontend_its_part_is_left_out(
         (home / "include" / missing).unlink()
     assert build.cudnn_frontend(home) is None
     assert f"without cuDNN's graphs ({reason})" in capsys.readouterr().out
+
+
+def test_the_source_archive_is_complete(tmp_path):
+    """Whatever is built, tested or read can be built, tested and read from the archive."""
+    subprocess.run(
+        [
+            *(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)),
+            *("sdist", "--dist-dir", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "FORCE_CPU": "1"},
+        check=True,
+        capture_output=True,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        inside = {str(Path(*Path(name).parts[1:])) for name in tar.getnames()}
+    wanted = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "setup.py"]
+    wanted += ["pyproject.toml", "conftest.py", ".clang-format", ".pre-commit-config.yaml"]
+    for folder in (".ci", "benchmarks", "csrc", "docs", "tests", "wus_ext"):
+        wanted += [
+            str(path.relative_to(ROOT))
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and path.suffix not in (".pyc", ".so")
+        ]
+    assert len(wanted) > 200
+    assert sorted(set(wanted) - inside) == []
+    assert not [name for name in inside if name.endswith((".so", ".pyc"))]
