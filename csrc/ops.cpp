@@ -17,7 +17,8 @@ TORCH_LIBRARY(wus, m) {
       "linear(Tensor input, Tensor weight, Tensor? bias=None, *, bool skip_wgrad=False) -> Tensor");
 
   // Element-wise kernels of a skip step. mask: uint8 [rows, ceil(C / 8)], a bit an element; code:
-  // uint8 [N, H / 2, W / 2, C], a byte a 2x2 window (see cpu/elementwise/mask_kernels.h, cpu/elementwise/pool_kernels.h).
+  // uint8 [N, H / 2, W / 2, C], a byte a 2x2 window (see cpu/elementwise/mask_kernels.h,
+  // cpu/elementwise/pool_kernels.h).
   m.def("relu_mask(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_mask_(Tensor(a!) input) -> (Tensor(a!) output, Tensor mask)");
   m.def("add_relu_mask(Tensor input, Tensor other) -> (Tensor output, Tensor mask)");
@@ -38,10 +39,10 @@ TORCH_LIBRARY(wus, m) {
       "Tensor? noise=None) -> (Tensor output, Tensor mask)");
   m.def("apply_mask(Tensor grad_output, Tensor mask, float scale=1) -> Tensor");
 
-  // Linear layers with ReLU by cuBLASLt's epilogues, on GPUs (see cuda/epilogue/lt_matmul.h). aux: one bit
-  // an element of output, uint8 [N, 16 * ceil(out_features / 128)], for linear_drelu_bgrad of the
-  // layer above only; bits are in cuBLASLt's order. grad_bias is that of the layer below, in its
-  // type. tf32: whether float32 may be rounded to TF32 in products; what exists depends on it.
+  // Linear layers with ReLU by cuBLASLt's epilogues, on GPUs (see cuda/epilogue/lt_matmul.h). aux:
+  // one bit an element of output, uint8 [N, 16 * ceil(out_features / 128)], for linear_drelu_bgrad
+  // of the layer above only; bits are in cuBLASLt's order. grad_bias is that of the layer below, in
+  // its type. tf32: whether float32 may be rounded to TF32 in products; what exists depends on it.
   m.def(
       "linear_epilogues_exist(Tensor input, int out_features, int next_features, bool tf32) -> "
       "bool");
@@ -52,8 +53,8 @@ TORCH_LIBRARY(wus, m) {
       "linear_drelu_bgrad(Tensor grad_output, Tensor weight, Tensor aux, bool tf32) -> "
       "(Tensor grad_input, Tensor grad_bias)");
 
-  // Convolutions of stride 1 by cuDNN, on GPUs (see cuda/epilogue/dgrad_graph.h): grad_input behind the bit
-  // mask of the layer below, grad_bias float32, or [0] without sum. unpack_mask: int8
+  // Convolutions of stride 1 by cuDNN, on GPUs (see cuda/epilogue/dgrad_graph.h): grad_input behind
+  // the bit mask of the layer below, grad_bias float32, or [0] without sum. unpack_mask: int8
   // [rows, channels], 1 or 0.
   m.def(
       "conv_dgrad_relu_exists(Tensor grad_output, Tensor weight, int[2] input_size, "
