@@ -54,10 +54,8 @@ def measure(library: str, case: Case) -> list[str]:
     full = saved_bytes(model, inputs)
     frozen = saved_bytes(freeze(copy.deepcopy(model)), inputs)
     wus_ext.set_skip(wus_ext.convert(model), True)
-    engine = model._skip_engine
-    engine.record = chains = []
-    call(model, inputs)
-    engine.record = None
+    with model._skip_engine.recording() as chains:
+        call(model, inputs)
     skip = saved_bytes(model, inputs)
     return [
         f"{library}: {case.name}",

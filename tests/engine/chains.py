@@ -211,13 +211,10 @@ def worst_error(stock, skip, x):
 @contextmanager
 def recorded(model):
     """The chains that run inside, each as the names of its steps."""
-    engine, chains = model._skip_engine, []
-    engine.record = []
-    try:
+    chains = []
+    with model._skip_engine.recording() as record:
         yield chains
-    finally:
-        chains += [steps for _, steps in engine.record]
-        engine.record = None
+        chains += [steps for _, steps in record]
 
 
 def fused_chains(model, *args):

@@ -146,7 +146,7 @@ def test_the_network_runs_fused(caplog):
     model = Classifier()
     with caplog.at_level(logging.INFO, "wus_ext"):
         fit(model, WeightUpdateSkipping("acc", **SETTINGS))
-    assert "SkipNetwork: fused 2 chains" in caplog.text
+    assert "Network: fused 2 chains" in caplog.text
 
 
 def test_afterwards_everything_trains_again():

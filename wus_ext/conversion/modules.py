@@ -92,6 +92,7 @@ class SkipModel(SkipModule):
             session.abandon()
             raise
         session.finish()
+        engine.report(type(self).__name__)
         return output
 
 

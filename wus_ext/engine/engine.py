@@ -8,8 +8,10 @@ chain runs at its first use, as one operator of :mod:`wus_ext.engine.chains`.
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,8 @@ from .options import SkipOptions
 from .packed_weights import PackedWeights
 from .storage_access import settle_before_storage_access
 from .support import TYPES, on_gpu
+
+logger = logging.getLogger("wus_ext")
 
 #: What a layer's call depends on, besides its tensors' values.
 Key = tuple[Any, ...]
@@ -65,8 +69,9 @@ class Engine:
     def __init__(self, options: SkipOptions) -> None:
         self.options = options
         self.packed = PackedWeights(options.memory_budget)
-        #: While it is a list: each chain that runs, as its layer and the names of its steps.
-        self.record: list[tuple[nn.Module, str]] | None = None
+        #: The chains of the first step that runs fused, for the log; then None.
+        self.record: list[tuple[nn.Module, str]] | None = []
+        self._reported = False
         self._layers: dict[int, _Layer] = {}
 
     def __deepcopy__(self, memo: dict) -> Engine:
@@ -82,6 +87,26 @@ class Engine:
         settle_before_storage_access()
         session = deferral.Session(self, bool(self.options.epilogues))
         return session if session.begin() else None
+
+    def report(self, name: str) -> None:
+        """Logs what ran fused in the first step that did."""
+        if self._reported:
+            return
+        self._reported = True
+        chains, self.record = self.record or [], None
+        if chains:
+            logger.info("%s: fused %d chains of layers", name, len(chains))
+        else:
+            logger.info("%s runs layer by layer: no layer has a fused form for its input", name)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[nn.Module, str]]]:
+        """The chains that run inside, each as its layer and the names of its steps."""
+        before, self.record, self._reported = self.record, [], True
+        try:
+            yield self.record
+        finally:
+            self.record = before
 
     def end_window(self, layers: Collection[nn.Module] | None = None) -> None:
         """Weights of these layers, or all, are about to change: drops what was made of them."""
