@@ -57,9 +57,12 @@ class SkipLayer(_StockModule):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
+        return self._as_read(name, value) if self.skip_wgrad else value
+
+    def _as_read(self, name: str, value: Any) -> Any:
+        """An attribute in a skip step: a constant where it is a parameter that stands still."""
         if (
-            self.skip_wgrad
-            and value is not None
+            value is not None
             and name in self._parameters
             and (self.skip_biases or not is_bias(name))
             and not torch.compiler.is_compiling()
@@ -71,6 +74,10 @@ class SkipLayer(_StockModule):
 
 class DropIn(SkipLayer):
     """Mixin of the layers here."""
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = nn.Module.__getattr__(self, name)
+        return self._as_read(name, value) if self.skip_wgrad else value
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         # torch.fx takes torch.nn's own layers for leaves, and so it should take these.
