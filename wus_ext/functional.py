@@ -261,14 +261,12 @@ def _convolution(
     padding = _numbers("padding", padding, dims)
     transposed = output_padding is not None
     left_over = _numbers("output_padding", output_padding or 0, dims)
-    numbers = (stride, padding, dilation, transposed, left_over, groups)
     if _transformed():
-        convolve = getattr(F, f"conv_transpose{dims}d" if transposed else f"conv{dims}d")
+        operands = (input, weight.detach(), bias, stride, padding)
         if transposed:
-            numbers = (stride, padding, left_over, groups, dilation)
-        else:
-            numbers = (stride, padding, dilation, groups)
-        return convolve(input, weight.detach(), bias, *numbers)
+            return getattr(F, f"conv_transpose{dims}d")(*operands, left_over, groups, dilation)
+        return getattr(F, f"conv{dims}d")(*operands, dilation, groups)
+    numbers = (stride, padding, dilation, transposed, left_over, groups)
     if input.dim() == dims + 1:
         output = torch.ops.wus.convolution(
             input.unsqueeze(0), weight, bias, *numbers, skip_wgrad=True

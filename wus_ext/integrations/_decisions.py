@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class Decisions:
             check_lr_drop(lr_drop)
         self.monitor, self.percent = monitor, percent
         self.lr_drop = lr_drop
-        self._settings = {"layers": layers, **settings}
+        self._layers, self._settings = layers, settings
         self.policy: WUS | None = None
         self._recorded: float | None = None
         self._loaded: Mapping[str, Any] = {}
@@ -58,11 +58,12 @@ class Decisions:
         """Makes the policy, in the state that was loaded or left by the last run."""
         state = self.state_dict()
         if self.lr_drop is None:
-            self.policy = WUS(model, **self._settings)
+            self.policy = WUS(model, layers=self._layers, **self._settings)
         else:
             self.policy = WUSLR(
                 model,
                 Rates(optimizers),
+                layers=self._layers,
                 lr_drop=self.lr_drop,
                 step_scheduler=False,
                 **self._settings,
@@ -89,7 +90,7 @@ class Decisions:
 
     def decide(self) -> None:
         """Switches the model for the epoch that begins, if an accuracy was recorded since."""
-        if self._recorded is not None:
+        if self.policy is not None and self._recorded is not None:
             self.policy.step(self._recorded)
             self._recorded = None
 
@@ -137,6 +138,14 @@ class Rates:
         """The framework's."""
 
 
+class ConversionDict(TypedDict, total=False):
+    """The settings of :func:`wus_ext.convert` that the callbacks take."""
+
+    full: str
+    norm: str
+    algo: str
+
+
 class Conversion:
     """Converts a model once, with the settings that were given.
 
@@ -148,8 +157,14 @@ class Conversion:
         ValueError: for what ``convert`` refuses.
     """
 
-    def __init__(self, **settings: str | None) -> None:
-        self.settings = {name: value for name, value in settings.items() if value is not None}
+    def __init__(self, *, full: str | None, norm: str | None, algo: str | None) -> None:
+        self.settings: ConversionDict = {}
+        if full is not None:
+            self.settings["full"] = full
+        if norm is not None:
+            self.settings["norm"] = norm
+        if algo is not None:
+            self.settings["algo"] = algo
         SkipOptions(**self.settings)
         self._done = False
 

@@ -67,11 +67,19 @@ class WeightUpdateSkipping(TrainerCallback, ExportableState):
         self.monitor = monitor if monitor.startswith("eval_") else f"eval_{monitor}"
         # They go into the Trainer's checkpoints, which are JSON: patterns, no predicate.
         layers = None if layers is None else patterns_of(layers)
-        decisions = {"percent": percent, "lr_drop": lr_drop, "layers": layers, **settings}
-        conversion = {"full": full, "norm": norm, "algo": algo}
-        self._arguments = decisions | conversion
-        self._decisions = Decisions(self.monitor, **decisions)
-        self._convert = Conversion(**conversion)
+        self._arguments = {
+            "percent": percent,
+            "lr_drop": lr_drop,
+            "layers": layers,
+            "full": full,
+            "norm": norm,
+            "algo": algo,
+            **settings,
+        }
+        self._decisions = Decisions(
+            self.monitor, percent=percent, lr_drop=lr_drop, layers=layers, **settings
+        )
+        self._convert = Conversion(full=full, norm=norm, algo=algo)
         self._training = False
         self._recorded = False
         self._seen: set[str] = set()

@@ -70,9 +70,11 @@ class WUS:
     ) -> None:
         self.settings = Settings(**settings)
         self.model = model
-        self.layers = layers if layers is None or callable(layers) else patterns_of(layers)
-        if self.layers == []:
-            raise ValueError("layers: no pattern; None means every layer")
+        self.layers: Layers | None = layers
+        if layers is not None and not callable(layers):
+            self.layers = patterns_of(layers)
+            if not self.layers:
+                raise ValueError("layers: no pattern; None means every layer")
         self._history: list[float] = []
         self._phase = Phase()
         self._finishing = False
@@ -289,7 +291,8 @@ class WUSLR(WUS):
         self.scheduler, self.step_scheduler = scheduler, step_scheduler
         super().__init__(model, layers=layers, **settings)
         #: What the epoch under way began with, and the last epoch that trained weights.
-        self._rates, self._trained_rates = self._current_rates(), []
+        self._rates = self._current_rates()
+        self._trained_rates: list[float] = []
 
     def step(
         self, accuracy: float | torch.Tensor, metric: float | torch.Tensor | None = None

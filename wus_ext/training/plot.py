@@ -131,8 +131,8 @@ def _bars(axes: Any, order: Sequence[str], shown: dict[str, Run], runs: Sequence
         saved, accuracy = _figures(groups[name], baseline)
         axes.text(longest * 1.03, place, saved, **look)
         axes.text(longest * 1.22, place, accuracy, **look)
-    for place, text in ((1.03, "time saved"), (1.22, "accuracy (difference)")):
-        axes.text(longest * place, -1, text, va="center", color=_GREY, fontsize=9)
+    for column, text in ((1.03, "time saved"), (1.22, "accuracy (difference)")):
+        axes.text(longest * column, -1, text, va="center", color=_GREY, fontsize=9)
     axes.set_yticks(range(len(order)), [_label(name) for name in order])
     for tick, name in zip(axes.get_yticklabels(), order, strict=True):
         tick.set_color(_GREY if shown[name].control else METHODS[name].colour)

@@ -155,7 +155,7 @@ class Trainer:
             steps = data.steps(config.batch_size)
             on_step = self.progress.begin(epoch, config.epochs, steps, skipped)
         try:
-            with self._steps(skipped) as begin:
+            with self._steps() as begin:
                 training = train_epoch(
                     self.replica,
                     data.training_batches(config.batch_size, config.seed, epoch, self.device),
@@ -201,9 +201,9 @@ class Trainer:
             self.progress.end(record, config.epochs)
         return record
 
-    def _steps(self, skipped: bool) -> AbstractContextManager[Callable[[int], bool]]:
+    def _steps(self) -> AbstractContextManager[Callable[[int], bool]]:
         """What to call before each step of the epoch; it says whether the step skips."""
-        if not skipped:
+        if self.policy is None or not self.policy.skipping:
             return nullcontext(lambda step: False)
         return skipped_epoch(
             self.replica,
