@@ -227,8 +227,8 @@ class _BatchNorm(DropIn, _StockBatchNorm):
         self._check_input_dim(input)
         batch = uses_batch_statistics(self)
         momentum = count_batch(self) if batch else 0.0
-        # Statistics that are kept but not tracked any more are used in evaluation only.
-        given = not self.training or self.track_running_stats
+        # A batch's own statistics leave those alone that are kept but not tracked any more.
+        given = not batch or self.track_running_stats
         return F.batch_norm(
             input,
             self.running_mean if given else None,

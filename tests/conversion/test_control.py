@@ -391,9 +391,7 @@ def test_input_gradients_only(name, training, fuse):
 def test_every_kind_of_parameter_stands_still():
     model, stock = net(skip_gamma=False), Net().requires_grad_(False)
     stock.load_state_dict(model.state_dict())
-    backward(model)
     wus_ext.set_skip(model, True, skip_biases=True)
-    assert with_gradient(model) == set()
     x = images().requires_grad_()
     y = x.detach().clone().requires_grad_()
     output, expected = model(x), stock(y)

@@ -6,9 +6,11 @@ knows whether any of them skips.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from torch import nn
 
@@ -24,6 +26,9 @@ Model = TypeVar("Model", bound=nn.Module)
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 STATE = ("skip_wgrad", "skip_biases", "skip_window")
 
+#: Models whose user knows that a window drops gradients.
+_told: WeakSet[nn.Module] = WeakSet()
+
 
 def set_skip(
     model: nn.Module, skip: bool, *, layers: Layers | None = None, skip_biases: bool = False
@@ -32,7 +37,9 @@ def set_skip(
 
     The decision is read in the forward pass, and backward follows what forward decided. Entering
     a skip window sets the gradients of the parameters that now stand still to None, so that an
-    optimizer leaves them alone.
+    optimizer leaves them alone, and warns the first time that one was there. Where nothing trains
+    at all, with ``skip_biases=True`` for every layer, all gradients stay what they are: input
+    gradients may be taken while those of parameters accumulate.
 
     Args:
         model: a converted model, or a wrapper of one (``DistributedDataParallel``, the result of
@@ -48,7 +55,8 @@ def set_skip(
             False.
 
     Warns:
-        UserWarning: in several processes, for a model whose wrapper would not notice.
+        UserWarning: in several processes, for a model whose wrapper would not notice; once for a
+            model, naming them, if gradients were dropped.
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module``, ``skip`` or ``skip_biases`` no bool, ``layers``
@@ -79,22 +87,67 @@ def set_skip(
     root = unwrap(model)
     if skip and isinstance(root, SkipModule):
         adopt_watched(root)
-    skippable = skippable_parameters(root)
+    skippable = _skippable(root)
     chosen = set(skippable) if layers is None else select(root, layers, skippable)
-    before = skipped_now(root)
+    before = _without_gradients(root)
     for owner in chosen:
-        on = skip and (skip_biases or any(skippable[owner].values()))
+        on = skip and (skip_biases or _freezes(owner) or any(skippable[owner].values()))
         _set_flag(owner, "skip_wgrad", on)
         _set_flag(owner, "skip_biases", on and skip_biases)
-        if on:
+    after = _without_gradients(root)
+    _drop_gradients(root, after - before)
+    for owner in chosen:
+        if after and getattr(owner, "skip_wgrad", False):
             release(owner)
-    for key, parameter in skipped_now(root).items():
-        if key not in before:
-            parameter.grad = None
     note_windows(root, skippable)
     for module in root.modules():
         if isinstance(module, SkipModel) and module._skip_engine is not None and not skip:
             module._skip_engine.end_window(chosen)
+
+
+def _skippable(root: nn.Module) -> Skippable:
+    """Layers that can skip: those with parameters, and those with statistics alone."""
+    return {module: {} for module in root.modules() if _freezes(module)} | skippable_parameters(
+        root
+    )
+
+
+def _freezes(layer: nn.Module) -> bool:
+    """Whether a window stops the running statistics of a layer."""
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm) and getattr(
+        layer, "frozen_statistics", False
+    )
+
+
+def _without_gradients(root: nn.Module) -> set[int]:
+    """The parameters, by id, that an optimizer is to leave alone in a window.
+
+    None where only input gradients are asked for: there is nothing for an optimizer to do then,
+    and gradients that are there belong to another step.
+    """
+    still = skipped_now(root)
+    layers = skippable_parameters(root)
+    inputs_only = all(getattr(layer, "skip_biases", False) for layer in layers) and all(
+        id(parameter) in still or not parameter.requires_grad for parameter in root.parameters()
+    )
+    return set() if inputs_only else set(still)
+
+
+def _drop_gradients(root: nn.Module, keys: set[int]) -> None:
+    dropped = []
+    for name, parameter in root.named_parameters():
+        if id(parameter) in keys and parameter.grad is not None:
+            parameter.grad = None
+            dropped.append(name)
+    if dropped and root not in _told:
+        _told.add(root)
+        others = f" and {len(dropped) - 3} others" if len(dropped) > 3 else ""
+        warnings.warn(
+            f"a skip window drops the gradients of {', '.join(dropped[:3])}{others}, which stand "
+            "still now and which an optimizer would still move; if they were to be used, step "
+            "before the window opens (said once for this model)",
+            stacklevel=3,
+        )
 
 
 def note_windows(root: nn.Module, skippable: Skippable) -> None:
@@ -147,7 +200,7 @@ def is_skipping(model: nn.Module) -> bool:
         ValueError: if ``model`` has no layer that can skip.
     """
     _check_skips(model)
-    return any(getattr(owner, "skip_wgrad", False) for owner in skippable_parameters(unwrap(model)))
+    return any(getattr(layer, "skip_wgrad", False) for layer in _skippable(unwrap(model)))
 
 
 @contextmanager
