@@ -59,7 +59,7 @@ if INSTRUMENT not in INSTRUMENTS:
         f"wus_ext: WUS_INSTRUMENT={INSTRUMENT!r} is none of {', '.join(filter(None, INSTRUMENTS))}"
     )
 #: Seconds of one core, about, for what is compiled: the CPU part, a CUDA file for an architecture.
-CPU_SECONDS, CUDA_SECONDS = 150, 15
+CPU_SECONDS, CUDA_SECONDS = 200, 15
 
 
 def toolkits():
