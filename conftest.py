@@ -1,3 +1,4 @@
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -5,6 +6,10 @@ import torch
 import torch._dynamo  # imported while there is a process group, it would keep that for good
 
 import wus_ext
+
+# A process started in the background may ignore interrupts, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Documented examples of the extra [integrations], where its libraries are not installed.
 collect_ignore = [
