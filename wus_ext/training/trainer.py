@@ -227,6 +227,7 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
         if self.policy is not None:
+            self.optimizer.zero_grad()  # used by the last step: nothing that a window could lose
             stood_still = skipped_now(self.model).values()
             if not self.policy.step(accuracy) and self.config.window_momentum == "reset":
                 # Zero is as good as none, which torch's fused SGD takes for all or nothing.
