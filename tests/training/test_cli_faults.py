@@ -174,6 +174,39 @@ def test_a_folder_that_may_not_be_written_to(train, run, tmp_path):
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resume"])
+@pytest.mark.parametrize("kind", ["locked away", "long", "below a file"])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys, command, resume, kind):
+    (tmp_path / "locked").mkdir(mode=0o444)
+    (tmp_path / "file").touch()
+    paths = {"locked away": "locked/run", "long": "x" * 300, "below a file": "file/run"}
+    out = tmp_path / paths[kind]
+    with without_override():
+        assert main([command, *resume, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    reason = {"locked away": "Permission denied", "long": "File name too long"}.get(kind, "")
+    assert f"wus-ext {command}: error: " in error
+    assert str(out) in error
+    assert reason in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]
+
+
+@pytest.mark.parametrize("dataset", ["folder", "cifar10", "cifar100"])
+def test_data_that_may_not_be_read_are_named(tmp_path, capsys, dataset):
+    (tmp_path / "data").mkdir(mode=0o444)
+    place = tmp_path / "data" / "images"
+    arguments = ["--dataset", dataset, "--data-dir", str(place), "--out", str(tmp_path / "run")]
+    with without_override():
+        assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search("error: cannot read .*: Permission denied", error)
+    assert str(place) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_becomes_read_only_in_between(train, run, monkeypatch):
     fails_for("last.pt", monkeypatch, errno.EROFS)
     code, (error,) = train("--resume", "--out", run)

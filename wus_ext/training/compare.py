@@ -16,7 +16,7 @@ import torch
 from ..methods.table import BASELINE, METHODS, SKIPPING
 from .config import RELOCATABLE, TrainConfig
 from .data import Data, load_data
-from .errors import ConfigError
+from .errors import ConfigError, usable
 from .files import write_atomic
 from .lock import FolderLock
 from .loop import train_epoch
@@ -166,15 +166,18 @@ def read_compare(out: str | Path) -> CompareConfig:
         ConfigError: there is none.
     """
     path = Path(out).expanduser() / "compare.json"
-    if not path.is_file():
-        raise ConfigError(f"no comparison to resume in {path.parent}: it has no compare.json")
+    with usable(path.parent):
+        if not path.is_file():
+            raise ConfigError(f"no comparison to resume in {path.parent}: it has no compare.json")
     with reading(path) as values:
         return CompareConfig.from_dict(values)
 
 
 def _check(out: Path, config: CompareConfig, resume: bool) -> None:
     if not resume:
-        if not is_free(out):
+        with usable(out):
+            free = is_free(out)
+        if not free:
             raise ConfigError(
                 f"{out} is not empty: continue the comparison there with --resume, or choose "
                 "another --out"

@@ -111,11 +111,15 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def _sources(config: TrainConfig) -> tuple[Split, Split, list[str]]:
-    if config.dataset == "digits":
-        return load_digits()
-    if config.dataset == "folder":
-        return scan_folder(config.data_path(), workers=config.workers)
-    return load_cifar(config.dataset, config.data_path(), download=config.download)
+    try:
+        if config.dataset == "digits":
+            return load_digits()
+        if config.dataset == "folder":
+            return scan_folder(config.data_path(), workers=config.workers)
+        return load_cifar(config.dataset, config.data_path(), download=config.download)
+    except OSError as error:
+        where, reason = error.filename or config.data_path(), error.strerror or error
+        raise DataError(f"cannot read {where}: {reason}") from error
 
 
 def _limited(split: Split, limit: int | None, name: str, classes: int) -> Split:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 __all__ = [
@@ -13,6 +16,7 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "require",
+    "usable",
 ]
 
 
@@ -38,6 +42,24 @@ class RunWarning(UserWarning):
 
 class MissingExtra(ImportError):
     """An optional dependency that this feature needs is not installed."""
+
+
+@contextlib.contextmanager
+def usable(folder: Path, verb: str = "use") -> Iterator[None]:
+    """A folder for results that the system refuses, for any reason, is a ConfigError.
+
+    >>> with usable(Path("out")):
+    ...     Path("out", "x" * 300).exists() or Path("out", "x" * 300).mkdir()
+    Traceback (most recent call last):
+    wus_ext.training.errors.ConfigError: cannot use out (File name too long): choose another --out
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot {verb} {folder} ({reason}): choose another --out") from error
 
 
 def require(module: str, purpose: str) -> ModuleType:

@@ -29,18 +29,11 @@ def scan_folder(root: Path, *, workers: int = 0) -> tuple[FileSplit, FileSplit, 
         workers: processes that decode images when the set does not fit into memory.
 
     Raises:
-        DataError: a part or a class is missing, empty or not readable, or train and test name other
-            classes.
+        DataError: a part or a class is missing or empty, or train and test name other classes.
+        OSError: a folder is not readable.
     """
     if not root.is_dir():
         raise DataError(f"no such folder: {root}")
-    try:
-        return _scan(root, workers)
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename or root}: {error.strerror}") from error
-
-
-def _scan(root: Path, workers: int) -> tuple[FileSplit, FileSplit, list[str]]:
     classes = _classes(root / "train")
     found = _classes(root / "test")
     if found != classes:

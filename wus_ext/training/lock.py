@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, RunWarning, StorageError
+from .errors import ConfigError, RunWarning, StorageError, usable
 
 __all__ = ["FolderLock"]
 
@@ -59,21 +58,14 @@ class FolderLock:
 
     def _lock(self, key: str) -> _Held:
         try:
-            missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._made = missing
-            return _Held(key)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{self.path} is in use by another run{error.strerror}: wait for its end, or "
-                "choose another --out"
-            ) from error
-        except OSError as error:
+            with usable(self.path, "write to"):
+                missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._made = missing
+                return _Held(key)
+        except ConfigError:
             self._remove_empty()
-            reason = error.strerror or error
-            raise ConfigError(
-                f"cannot write to {self.path} ({reason}): choose another --out"
-            ) from error
+            raise
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -138,7 +130,10 @@ def _lock(path: Path) -> int:
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
-            raise BlockingIOError(errno.EWOULDBLOCK, f" ({holder})" if holder else "") from None
+            raise ConfigError(
+                f"{path.parent} is in use by another run ({holder or 'which just began'}): wait "
+                "for its end, or choose another --out"
+            ) from None
         except OSError as error:
             warnings.warn(
                 f"{path.parent} cannot be locked ({error.strerror}): let no other run write to it",

@@ -15,7 +15,7 @@ import torch
 
 from .checkpoint import load_checkpoint, pack_checkpoint, write_checkpoint
 from .config import RELOCATABLE, TrainConfig
-from .errors import ConfigError, DataError, RunWarning, StorageError
+from .errors import ConfigError, DataError, RunWarning, StorageError, usable
 from .files import link_atomic, remove_temporary, write_atomic
 from .interrupts import uninterrupted
 from .lock import FolderLock
@@ -68,14 +68,15 @@ class RunFolder:
                 other settings, or another process trains there.
             DataError: the checkpoint is missing, damaged or not of this run.
         """
-        self._check(config, resume=resume)
-        self._lock.acquire()
-        try:
-            self._check(config, resume=resume)  # another process may have come between
-            return self._read(config) if resume else None
-        except BaseException:
-            self.release()
-            raise
+        with usable(self.path):
+            self._check(config, resume=resume)
+            self._lock.acquire()
+            try:
+                self._check(config, resume=resume)  # another process may have come between
+                return self._read(config) if resume else None
+            except BaseException:
+                self.release()
+                raise
 
     def begin(self, config: TrainConfig, state: dict[str, Any] | None) -> None:
         """Write the first files, or make those there agree with ``state``, from :meth:`open`.
@@ -143,8 +144,9 @@ class RunFolder:
         Raises:
             ConfigError: there is no run, or its settings are not readable.
         """
-        if not self.exists():
-            raise ConfigError(f"no run to resume in {self.path}: it has no config.json")
+        with usable(self.path):
+            if not self.exists():
+                raise ConfigError(f"no run to resume in {self.path}: it has no config.json")
         with reading(self._config) as values:
             return TrainConfig.from_dict(values["config"])
 
