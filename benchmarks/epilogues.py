@@ -51,7 +51,7 @@ def conv(channels: int, size: int, batch: int, dtype: torch.dtype) -> Iterator[C
 
     grad = new(batch, channels, size, size)
     weight = new(channels, channels, 3, 3) / (3 * channels**0.5)
-    _, mask = ops.relu_mask(new(batch, channels, size, size))
+    _, mask = ops.activate(new(batch, channels, size, size))
     numbers = ((size, size), (1, 1), (1, 1))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1, (size, size), (size, size))
     direct = Direct(geometry, weight)
@@ -59,7 +59,7 @@ def conv(channels: int, size: int, batch: int, dtype: torch.dtype) -> Iterator[C
 
     def sum_apart() -> tuple:
         grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False, True)
-        return grad_input, ops.mask_bias_grad(grad_input, None, False)[1]
+        return grad_input, ops.activate_grad(grad_input, act=0)[1]
 
     yield Case(
         f"cuDNN {channels}@{size}, all in one",
@@ -76,7 +76,7 @@ def conv(channels: int, size: int, batch: int, dtype: torch.dtype) -> Iterator[C
 
 
 def two(layer: Direct | Products, grad: torch.Tensor, mask: torch.Tensor) -> tuple:
-    return ops.mask_bias_grad(layer.dgrad(grad), mask)
+    return ops.activate_grad(layer.dgrad(grad), mask)
 
 
 def linear(features: tuple[int, int, int], batch: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -95,14 +95,14 @@ def linear(features: tuple[int, int, int], batch: int, dtype: torch.dtype) -> It
     yield Case(
         f"cuBLASLt forward {name}",
         exists,
-        lambda: ops.relu_mask_(below.forward(x, bias))[:1],
+        lambda: ops.activate_(below.forward(x, bias))[:1],
         lambda: ops.linear_relu_aux(x, below.weight, bias, True)[:1],
     )
     if not exists():
         return
     # Both masks of the same ReLU: rounding next to zero must not decide between them.
     output, aux = ops.linear_relu_aux(x, below.weight, bias, True)
-    _, mask = ops.relu_mask(output)
+    _, mask = ops.activate(output)
     yield Case(
         f"cuBLASLt backward {name}",
         exists,

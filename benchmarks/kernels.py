@@ -26,11 +26,11 @@ ops = torch.ops.wus
 aten = torch.ops.aten
 MAPS = [(64, 32), (128, 16), (256, 8), (512, 4), (512, 2)]
 KERNELS = [
-    "relu_mask",
-    "add_relu_mask",
+    "activate",
+    "activate, sum",
     "apply_mask",
-    "mask_bias_grad",
-    "mask_bias_grad, sum only",
+    "activate_grad",
+    "activate_grad, sum only",
     "relu_max_pool",
     "max_pool_bias_grad",
     "bias, ReLU, mask",
@@ -57,7 +57,7 @@ def cases(batch: int, channels: int, size: int, dtype: torch.dtype, device: str)
         return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
     x, z, g, pooled_g = new(size), new(size), new(size), new(size // 2)
-    y, mask = ops.relu_mask(x)
+    y, mask = ops.activate(x)
     _, code = ops.relu_max_pool(x)
     index = F.max_pool2d(y, 2, return_indices=True)[1]
     full, bits = x.numel() * x.element_size(), x.numel() / 8
@@ -74,11 +74,11 @@ def cases(batch: int, channels: int, size: int, dtype: torch.dtype, device: str)
             pooled_g, y, [2, 2], [2, 2], [0, 0], [1, 1], False, index
         )
 
-    yield Case("relu_mask", lambda: (x.relu(),), lambda: ops.relu_mask(x)[:1], 2 * full + bits)
+    yield Case("activate", lambda: (x.relu(),), lambda: ops.activate(x)[:1], 2 * full + bits)
     yield Case(
-        "add_relu_mask",
+        "activate, sum",
         lambda: ((x + z).relu(),),
-        lambda: ops.add_relu_mask(x, z)[:1],
+        lambda: ops.activate(x, z)[:1],
         3 * full + bits,
     )
     yield Case(
@@ -88,15 +88,15 @@ def cases(batch: int, channels: int, size: int, dtype: torch.dtype, device: str)
         2 * full + bits,
     )
     yield Case(
-        "mask_bias_grad",
+        "activate_grad",
         lambda: with_bias(blocked(g)),
-        lambda: ops.mask_bias_grad(g, mask),
+        lambda: ops.activate_grad(g, mask),
         2 * full + bits,
     )
     yield Case(
-        "mask_bias_grad, sum only",
+        "activate_grad, sum only",
         lambda: (None, with_bias(blocked(g))[1]),
-        lambda: (None, ops.mask_bias_grad(g, mask, False)[1]),
+        lambda: (None, ops.activate_grad(g, mask, need_grad_input=False)[1]),
         full + bits,
     )
     yield Case(

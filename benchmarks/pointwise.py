@@ -42,7 +42,7 @@ def cases(batch: int, channels: int, size: int) -> dict:
 
     x, g, pooled_g = new(), new(), new(size // 2)
     weight, bias = torch.ones(channels), torch.zeros(channels)
-    y, mask = ops.relu_mask(x)
+    y, mask = ops.activate(x)
     _, code = ops.relu_max_pool(x)
     pooled, index = F.max_pool2d(x, 2, return_indices=True)
     mean, var = ops.batch_norm_stats(x)
@@ -75,15 +75,15 @@ def cases(batch: int, channels: int, size: int) -> dict:
         return dx, dx.sum((0, 2, 3))
 
     return {
-        "relu": (x.relu, lambda: ops.relu_mask(x), 2 * n),
+        "relu": (x.relu, lambda: ops.activate(x), 2 * n),
         "relu backward + bias": (
             lambda: torch.ops.aten.threshold_backward(g, y, 0).sum((0, 2, 3)),
-            lambda: ops.mask_bias_grad(g, mask),
+            lambda: ops.activate_grad(g, mask),
             2 * n,
         ),
         "relu backward, bias only": (
             lambda: torch.ops.aten.threshold_backward(g, y, 0).sum((0, 2, 3)),
-            lambda: ops.mask_bias_grad(g, mask, False),
+            lambda: ops.activate_grad(g, mask, need_grad_input=False),
             n,
         ),
         "relu + pool": (

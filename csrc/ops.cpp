@@ -17,19 +17,29 @@ TORCH_LIBRARY(wus, m) {
       "linear(Tensor input, Tensor weight, Tensor? bias=None, *, bool skip_wgrad=False) -> Tensor");
 
   // Element-wise kernels of a skip step. mask: uint8 [rows, ceil(C / 8)], a bit an element; code:
-  // uint8 [N, H / 2, W / 2, C], a byte a 2x2 window (see cpu/elementwise/mask_kernels.h,
-  // cpu/elementwise/pool_kernels.h).
-  m.def("relu_mask(Tensor input) -> (Tensor output, Tensor mask)");
-  m.def("relu_mask_(Tensor(a!) input) -> (Tensor(a!) output, Tensor mask)");
-  m.def("add_relu_mask(Tensor input, Tensor other) -> (Tensor output, Tensor mask)");
+  // uint8 [N, H', W', C], a byte a pooled element (see common/layout.h).
+  //
+  // Activations (see common/activation.h for act; slope: a leaky ReLU's). mask: bits for act 1 to
+  // 4, else uint8 [0]; the others' backward wants the activation's input. other is added before,
+  // for act 0 to 4. grad_input: [0] for act 0, whose gradient is grad_output; grad_bias: float32.
   m.def(
-      "mask_bias_grad(Tensor grad_output, Tensor? mask=None, bool need_grad_input=True) -> "
+      "activate(Tensor input, Tensor? other=None, int act=1, float slope=0) -> "
+      "(Tensor output, Tensor mask)");
+  m.def(
+      "activate_(Tensor(a!) input, int act=1, float slope=0) -> (Tensor(a!) output, Tensor mask)");
+  m.def(
+      "activate_grad(Tensor grad_output, Tensor? mask=None, Tensor? input=None, int act=1, "
+      "float slope=0, bool need_grad_input=True, bool need_grad_bias=True) -> "
       "(Tensor grad_input, Tensor grad_bias)");
 
-  m.def("relu_max_pool(Tensor input, bool relu=True) -> (Tensor output, Tensor code)");
+  // pool: kernel, stride, padding, and 1 for ceil_mode; square. grad_bias: float32 [C].
+  m.def(
+      "relu_max_pool(Tensor input, bool relu=True, int[] pool=[2, 2, 0, 0]) -> "
+      "(Tensor output, Tensor code)");
   m.def(
       "max_pool_bias_grad(Tensor grad_output, Tensor code, SymInt[2] input_size, "
-      "bool need_grad_input=True) -> (Tensor grad_input, Tensor grad_bias)");
+      "bool need_grad_input=True, int[] pool=[2, 2, 0, 0]) -> "
+      "(Tensor grad_input, Tensor grad_bias)");
 
   m.def(
       "dropout_mask(Tensor input, float p=0.5, Generator? generator=None) -> "
@@ -65,9 +75,10 @@ TORCH_LIBRARY(wus, m) {
       "(Tensor grad_input, Tensor grad_bias)");
   m.def("unpack_mask(Tensor mask, int channels) -> Tensor");
 
-  // Batch norm in training mode. act: 0 none, 1 ReLU with a mask, 2 ReLU and 2x2 max-pool with
-  // codes, 3 ReLU whose mask backward computes again from the input (see activation.h). Without a
-  // scale, batch_norm_apply adds the shift alone: a bias.
+  // Batch norm in training mode, with what follows it: an activation, or none or ReLU and a
+  // max-pool. mask: bits for act 1 to 4 if wanted, codes for a pool. Without a mask, backward
+  // computes the activation's input again from scale and shift. Without a scale, batch_norm_apply
+  // adds the shift alone: a bias.
   m.def("batch_norm_stats(Tensor input) -> (Tensor mean, Tensor var)");
   m.def(
       "batch_norm_scale_shift(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> "
@@ -77,10 +88,11 @@ TORCH_LIBRARY(wus, m) {
       "Tensor var, float momentum, SymInt count) -> ()");
   m.def(
       "batch_norm_apply(Tensor input, Tensor? scale, Tensor shift, Tensor? residual=None, "
-      "int act=0) -> (Tensor output, Tensor mask)");
+      "int act=0, float slope=0, int[] pool=[], bool need_mask=True) -> "
+      "(Tensor output, Tensor mask)");
   m.def(
       "batch_norm_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor? mask=None, "
-      "Tensor? scale=None, Tensor? shift=None, int act=0) -> "
+      "Tensor? scale=None, Tensor? shift=None, int act=0, float slope=0, int[] pool=[]) -> "
       "(Tensor sum_grad, Tensor sum_grad_xmu)");
   m.def(
       "batch_norm_grad_coefficients(Tensor sum_grad, Tensor sum_grad_xmu, Tensor mean, "
@@ -88,8 +100,9 @@ TORCH_LIBRARY(wus, m) {
       "(Tensor a, Tensor b, Tensor c0, Tensor grad_bias, Tensor grad_weight)");
   m.def(
       "batch_norm_grad_input(Tensor grad_output, Tensor input, Tensor a, Tensor b, Tensor c0, "
-      "Tensor? mask=None, Tensor? scale=None, Tensor? shift=None, int act=0, "
-      "bool need_grad_residual=False) -> (Tensor grad_input, Tensor grad_residual)");
+      "Tensor? mask=None, Tensor? scale=None, Tensor? shift=None, int act=0, float slope=0, "
+      "int[] pool=[], bool need_grad_residual=False) -> "
+      "(Tensor grad_input, Tensor grad_residual)");
   // Winograd convolution on the CPU (3x3, stride 1, dilation 1, one group; float32, channels_last).
   // scheme: 4 = F(4x4, 3x3), 2 = F(2x2, 3x3), 0 = maps of at most 2x2 pixels with padding 1.
   //
@@ -128,6 +141,57 @@ TORCH_LIBRARY(wus, m) {
   // weight [out_features, in_features], grad_output [N, out_features].
   m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear_dgrad(Tensor grad_output, Tensor weight) -> Tensor");
+  // Depthwise convolution on the CPU (groups == inputs == outputs; 3x3 or 5x5, stride 1 or 2 in
+  // both directions, dilation 1; float32, channels_last). input_norm: scale and shift [2, C] of the
+  // input, applied as it is read, with input_act behind it.
+  //
+  // input [N, C, H, W], weight [C, 1, k, k] -> act(conv + bias) [N, C, H', W']; saved: what
+  // backward needs, bits uint8 [N * H' * W', ceil(C / 8)] for act 1 to 4, the act's input for
+  // others, or [0].
+  m.def(
+      "depthwise_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
+      "SymInt[2] padding, int act=0, float slope=0, bool save=True, Tensor? input_norm=None, "
+      "int input_act=0, float input_slope=0) -> (Tensor output, Tensor saved)");
+  // -> conv + bias, and each channel's mean and biased variance.
+  m.def(
+      "depthwise_forward_stats(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
+      "SymInt[2] padding, Tensor? input_norm=None, int input_act=0, float input_slope=0) -> "
+      "(Tensor output, Tensor mean, Tensor var)");
+  // grad_weight where input is given and it is wanted. mask: bits; z: the act's input, or with batch_norm [3, C] =
+  // a, b, c the norm's, through which the gradient goes on as a * g + b * z + c; without a mask an
+  // act needs [5, C] = a, b, c, scale, shift. With input_mean [C], input_sums are what
+  // batch_norm_grad_sums would give for grad_input and the norm in front, float64 [2 * C]. What is
+  // not wanted is [0].
+  m.def(
+      "depthwise_backward(Tensor grad_output, Tensor weight, Tensor? input, SymInt[2] input_size, "
+      "SymInt[2] stride, SymInt[2] padding, Tensor? mask=None, Tensor? z=None, "
+      "Tensor? batch_norm=None, int act=0, float slope=0, Tensor? input_norm=None, "
+      "int input_act=0, float input_slope=0, Tensor? input_mean=None, bool need_grad_input=True, "
+      "bool need_grad_weight=True, bool need_grad_bias=False) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor input_sums)");
+
+  // 1x1 convolution on the CPU on a weight packed beforehand (unit stride, no padding, one group;
+  // float32, channels_last). All but the weight as for depthwise convolutions; grad_input where
+  // packed, the dgrad's, is given.
+  //
+  // weight [K, C, 1, 1], any strides -> float32 [*], good for this process only.
+  m.def("pointwise_pack(Tensor weight, bool dgrad) -> Tensor");
+  m.def("pointwise_pack_(Tensor(a!) packed, Tensor weight, bool dgrad) -> Tensor(a!)");
+  m.def(
+      "pointwise_forward(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "
+      "int act=0, float slope=0, bool save=True, Tensor? input_norm=None, int input_act=0, "
+      "float input_slope=0) -> (Tensor output, Tensor saved)");
+  m.def(
+      "pointwise_forward_stats(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "
+      "Tensor? input_norm=None, int input_act=0, float input_slope=0) -> "
+      "(Tensor output, Tensor mean, Tensor var)");
+  m.def(
+      "pointwise_backward(Tensor grad_output, Tensor? packed, Tensor? input, SymInt in_channels, "
+      "Tensor? mask=None, Tensor? z=None, Tensor? batch_norm=None, int act=0, float slope=0, "
+      "Tensor? input_norm=None, int input_act=0, float input_slope=0, Tensor? input_mean=None, "
+      "bool need_grad_weight=True, bool need_grad_bias=False, bool channels_last=True) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor input_sums)");
+
   // How many tensors share a tensor's memory, itself included.
   m.def("storage_users(Tensor tensor) -> int");
 

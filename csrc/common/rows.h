@@ -58,6 +58,10 @@ inline void check_mask(const at::Tensor& mask, const at::Tensor& of) {
   check_bytes(mask, "mask", {shape.rows, shape.mask_bytes()}, of.device());
 }
 
+inline void check_pool(at::IntArrayRef pool) {
+  TORCH_CHECK_VALUE(pool.equals({2, 2, 0, 0}), "pool must be [2, 2, 0, 0] on a GPU, got ", pool);
+}
+
 inline void check_poolable(const at::Tensor& input) {
   TORCH_CHECK_VALUE(input.dim() == 4 && input.size(2) >= 2 && input.size(3) >= 2,
                     "input must be [N, C, H, W] with H and W at least 2, got size ", input.sizes());

@@ -3,44 +3,63 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext  # noqa: F401
+from wus_ext.engine.activation import Act, Kind, Pool
 
 from .rows import POOL_SHAPES, SHAPES, at_one_and_two_threads, dense, pack, rows_of, same
+from .test_activation import SLOPE, STOCK
 
 ops = torch.ops.wus
 
 NORM_SHAPES = [s for s in SHAPES if len(s) != 3 and s[0] and s != (1, 5, 1, 1)]
-NONE, MASK, POOL, RECOMPUTE = range(4)
 EPS = 1e-5
+RECOMPUTED = [Act(kind, SLOPE) for kind in Kind]
+MASKED = [Act(kind, SLOPE) for kind in Kind if kind.bits]
+POOLED = [
+    Act(kind, pool=pool)
+    for kind in (Kind.NONE, Kind.RELU)
+    for pool in (Pool(2, 2), Pool(3, 2, 1), Pool(3, 2, 0, True), Pool(5, 1, 2))
+]
+
+
+def name(act):
+    return f"{act.kind.name.lower()}{tuple(act.pool or ())}"
+
+
+def activated(y, act):
+    if act.kind != Kind.NONE:
+        y = STOCK[act.kind](y)
+    if act.pool is None:
+        return y
+    kernel, stride, padding, ceil = act.pool
+    return F.max_pool2d(y, kernel, stride, padding, ceil_mode=ceil)
 
 
 def stock(x, weight, bias, act, residual=None):
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
-    if residual is not None:
-        y = y + residual
-    if act == POOL:
-        return F.max_pool2d(y.relu(), 2)
-    return y if act == NONE else y.relu()
+    return activated(y if residual is None else y + residual, act)
 
 
 class Norm:
     """A training-mode forward and backward made of the operators."""
 
-    def __init__(self, x, weight, bias, act, residual=None):
+    def __init__(self, x, weight, bias, act, residual=None, masked=True):
         self.x, self.act, self.weight = x, act, weight
         self.mean, self.var = ops.batch_norm_stats(x)
         self.scale, self.shift, self.invstd = ops.batch_norm_scale_shift(
             self.mean, self.var, weight, bias, EPS
         )
-        self.output, mask = ops.batch_norm_apply(x, self.scale, self.shift, residual, act)
-        self.saved = {
-            NONE: {},
-            MASK: {"mask": mask},
-            POOL: {"mask": mask},
-            RECOMPUTE: {"scale": self.scale, "shift": self.shift},
-        }[act]
+        self.output, mask = ops.batch_norm_apply(
+            x, self.scale, self.shift, residual, *act.arguments, masked
+        )
+        if act.pool is not None or (masked and act.kind.bits):
+            self.saved = {"mask": mask}
+        else:
+            assert mask.numel() == 0
+            self.saved = {"scale": self.scale, "shift": self.shift}
+        self.saved |= dict(zip(("act", "slope", "pool"), act.arguments, strict=True))
 
     def backward(self, g, need_grad_residual=False):
-        sums = ops.batch_norm_grad_sums(g, self.x, self.mean, **self.saved, act=self.act)
+        sums = ops.batch_norm_grad_sums(g, self.x, self.mean, **self.saved)
         *abc, grad_bias, grad_weight = ops.batch_norm_grad_coefficients(
             *sums, self.mean, self.invstd, self.weight, rows_of(self.x).shape[0]
         )
@@ -49,7 +68,6 @@ class Norm:
             self.x,
             *abc,
             **self.saved,
-            act=self.act,
             need_grad_residual=need_grad_residual,
         )
         return *grads, grad_bias, grad_weight
@@ -61,53 +79,79 @@ def close(actual, expected, tolerance=2e-5):
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=limit)
 
 
-def check(shape, act, residual):
+#: Where an activation's slope jumps: within rounding of these it may take the other side.
+EDGES = {
+    Kind.RELU: (0,),
+    Kind.RELU6: (0, 6),
+    Kind.LEAKY_RELU: (0,),
+    Kind.HARDSIGMOID: (-3, 3),
+    Kind.HARDSWISH: (-3, 3),
+}
+
+
+def check(shape, act, residual=False, masked=True):
     x = dense(torch.randn(shape) * 2 + 1)
     c = shape[1]
-    weight, bias = torch.rand(c) + 0.5, torch.randn(c)
+    weight, bias = torch.rand(c) * 2 + 0.5, torch.randn(c)
     z = dense(torch.randn(shape)) if residual else None
-    norm = Norm(x, weight, bias, act, z)
+    norm = Norm(x, weight, bias, act, z, masked)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias, *([z] if residual else []))]
-    expected = stock(*leaves[:3], act, leaves[3] if residual else None)
+    y = stock(*leaves[:3], Act.NONE, leaves[3] if residual else None)
+    expected = activated(y, act)
     close(norm.output, expected.detach())
     g = dense(torch.randn(expected.shape))
-    if act != NONE:  # within rounding of zero the ReLU may pass on one side only
+    if act.pool is not None:
         g = torch.where(expected.detach() < 1e-4, 0, g)
+    else:
+        for edge in EDGES.get(act.kind, ()):
+            g = torch.where((y.detach() - edge).abs() < 1e-4, 0, g)
     expected.backward(g.double())
-    grad_input, grad_residual, grad_bias, grad_weight = norm.backward(dense(g), residual and act)
+    apart = residual and act != Act.NONE
+    grad_input, grad_residual, grad_bias, grad_weight = norm.backward(dense(g), apart)
     close(grad_input, leaves[0].grad)
     close(grad_bias, leaves[2].grad)
     close(grad_weight, leaves[1].grad)
-    if residual and act:
+    if apart:
         close(grad_residual, leaves[3].grad)
 
 
-@pytest.mark.parametrize("act", [NONE, MASK, RECOMPUTE])
+@pytest.mark.parametrize("act", RECOMPUTED, ids=name)
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
-def test_norm_and_relu(shape, act):
-    check(shape, act, residual=False)
+def test_norm_and_activation(shape, act):
+    check(shape, act, masked=False)
 
 
-@pytest.mark.parametrize("act", [NONE, MASK])
+@pytest.mark.parametrize("act", MASKED, ids=name)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_norm_and_activation_with_bits(shape, act):
+    check(shape, act)
+
+
+@pytest.mark.parametrize("act", [Act.NONE, *MASKED], ids=name)
 @pytest.mark.parametrize("shape", [(2, 13, 3, 5), (4, 64, 8, 8), (17, 100)], ids=str)
-def test_norm_residual_and_relu(shape, act):
+def test_norm_residual_and_activation(shape, act):
     check(shape, act, residual=True)
 
 
+@pytest.mark.parametrize("act", POOLED, ids=name)
 @pytest.mark.parametrize("shape", [s for s in POOL_SHAPES if s[0]], ids=str)
-def test_norm_relu_and_pool(shape):
-    check(shape, POOL, residual=False)
+def test_norm_activation_and_pool(shape, act):
+    if min(shape[2:]) + 2 * act.pool.padding < act.pool.kernel:
+        pytest.skip("no window fits")
+    check(shape, act)
 
 
-def test_backward_recomputes_the_mask_that_forward_used():
-    x = dense(torch.randint(-2, 3, (4, 24, 8, 8)).float())
+@pytest.mark.parametrize("act", MASKED, ids=name)
+def test_backward_decides_as_forward_did(act):
+    x = dense(torch.randint(-9, 10, (4, 24, 8, 8)).float())
     scale, shift = torch.rand(24), torch.zeros(24)
-    output, mask = ops.batch_norm_apply(x, scale, shift, None, MASK)
-    same(output, ops.batch_norm_apply(x, scale, shift, None, RECOMPUTE)[0])
-    same(mask, pack(output > 0))
+    output, mask = ops.batch_norm_apply(x, scale, shift, None, *act.arguments)
+    same(output, ops.batch_norm_apply(x, scale, shift, None, *act.arguments, False)[0])
+    if act.kind == Kind.RELU:
+        same(mask, pack(output > 0))
     g, mean = dense(torch.randn(x.shape)), torch.zeros(24)
-    stored = ops.batch_norm_grad_sums(g, x, mean, mask, act=MASK)
-    again = ops.batch_norm_grad_sums(g, x, mean, scale=scale, shift=shift, act=RECOMPUTE)
+    stored = ops.batch_norm_grad_sums(g, x, mean, mask, None, None, *act.arguments)
+    again = ops.batch_norm_grad_sums(g, x, mean, None, scale, shift, *act.arguments)
     same(stored[0], again[0])
     same(stored[1], again[1])
 
@@ -133,8 +177,8 @@ def test_a_constant_channel_has_no_variance():
 def test_one_bad_value_spoils_its_channel_as_in_stock(bad):
     x = dense(torch.randn(2, 20, 4, 4))
     x[1, 17, 2, 2] = bad
-    output = Norm(x, None, None, MASK).output
-    expected = stock(x, None, None, MASK)
+    output = Norm(x, None, None, Act.RELU).output
+    expected = stock(x, None, None, Act.RELU)
     assert torch.equal(output.isnan(), expected.isnan())
     assert not output[:, :17].isnan().any()
 
@@ -153,20 +197,23 @@ def test_running_statistics_are_stock(momentum):
 def test_empty_batch_gives_empty_tensors():
     x = torch.randn(0, 8, 4, 4)
     scale = torch.ones(8)
-    output, mask = ops.batch_norm_apply(x, scale, scale, None, POOL)
+    pool = Act.RELU_POOL.arguments
+    output, mask = ops.batch_norm_apply(x, scale, scale, None, *pool)
     assert output.shape == (0, 8, 2, 2)
-    sums = ops.batch_norm_grad_sums(output, x, scale, mask, act=POOL)
+    sums = ops.batch_norm_grad_sums(output, x, scale, mask, None, None, *pool)
     assert all(torch.equal(s, torch.zeros(8, dtype=torch.float64)) for s in sums)
-    grad_input, _ = ops.batch_norm_grad_input(output, x, scale, scale, scale, mask, act=POOL)
+    grad_input, _ = ops.batch_norm_grad_input(
+        output, x, scale, scale, scale, mask, None, None, *pool
+    )
     assert grad_input.shape == x.shape
 
 
-@pytest.mark.parametrize("act", [NONE, MASK, POOL, RECOMPUTE])
+@pytest.mark.parametrize("act", [*RECOMPUTED, *POOLED], ids=name)
 def test_threads_agree(act):
     x = dense(torch.randn(8, 40, 17, 15))
 
     def run():
-        norm = Norm(x, None, None, act)
+        norm = Norm(x, None, None, act, masked=False)
         g = torch.cos(torch.arange(norm.output.numel())).view(norm.output.shape)
         return [norm.mean, norm.var, norm.output, *norm.backward(g)]
 
@@ -175,13 +222,24 @@ def test_threads_agree(act):
 
 def test_bad_arguments_are_named():
     x, scale = torch.randn(2, 8, 4, 4), torch.ones(8)
-    with pytest.raises(ValueError, match=r"act must be .* got 7"):
-        ops.batch_norm_apply(x, scale, scale, None, 7)
+    with pytest.raises(ValueError, match=r"act must be .* got 77"):
+        ops.batch_norm_apply(x, scale, scale, None, 77)
     with pytest.raises(ValueError, match=r"scale must be .* \[8\].* size \[4\]"):
         ops.batch_norm_apply(x, scale[:4], scale)
-    with pytest.raises(ValueError, match="residual needs act 0"):
-        ops.batch_norm_apply(x, scale, scale, x, POOL)
-    with pytest.raises(ValueError, match="mask must be given"):
-        ops.batch_norm_grad_sums(x, x, scale, act=MASK)
-    with pytest.raises(ValueError, match="scale and shift must be given"):
-        ops.batch_norm_grad_sums(x, x, scale, act=RECOMPUTE)
+    with pytest.raises(ValueError, match=r"residual needs an act .* got act 6"):
+        ops.batch_norm_apply(x, scale, scale, x, Kind.SILU)
+    with pytest.raises(ValueError, match=r"residual needs .* no pool"):
+        ops.batch_norm_apply(x, scale, scale, x, *Act.RELU_POOL.arguments)
+    with pytest.raises(ValueError, match=r"pool needs act 0 .* got act 2"):
+        ops.batch_norm_apply(x, scale, scale, None, 2, 0.0, [2, 2, 0, 0])
+    with pytest.raises(ValueError, match=r"pool must be \[kernel, stride, padding, ceil\]"):
+        ops.batch_norm_apply(x, scale, scale, None, 1, 0.0, [2, 2])
+    with pytest.raises(ValueError, match="mask, or scale and shift, must be given for act 1"):
+        ops.batch_norm_grad_sums(x, x, scale, act=1)
+    pooled = x[:, :, :2, :2]
+    with pytest.raises(ValueError, match="mask must be given for pool"):
+        ops.batch_norm_grad_sums(pooled, x, scale, None, None, None, *Act.RELU_POOL.arguments)
+    with pytest.raises(ValueError, match="need_grad_residual needs a mask"):
+        ops.batch_norm_grad_input(
+            x, x, scale, scale, scale, None, scale, scale, 1, need_grad_residual=True
+        )

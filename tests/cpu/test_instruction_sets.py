@@ -11,11 +11,13 @@ import wus_ext
 
 HERE = Path(__file__).parent
 FILES = [
-    "test_relu.py",
+    "test_activation.py",
     "test_pool.py",
     "test_dropout.py",
     "test_batch_norm.py",
+    "test_depthwise.py",
     "test_linear.py",
+    "test_pointwise.py",
 ]
 
 

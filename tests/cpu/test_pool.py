@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext  # noqa: F401
+from wus_ext.engine.activation import Pool
 
 from .rows import POOL_SHAPES, at_one_and_two_threads, check_sums, dense, same, values
 
@@ -46,6 +47,57 @@ def test_gradient_is_stock(shape, relu, special):
     same(again, grad_bias)
 
 
+POOLS = [
+    Pool(3, 2, 1),
+    Pool(3, 2, 0, True),
+    Pool(3, 2, 1, True),
+    Pool(3, 1, 1),
+    Pool(2, 1),
+    Pool(2, 2, 1),
+    Pool(2, 2, 0, True),
+    Pool(3, 3),
+    Pool(5, 2, 2),
+    Pool(3, 4, 1),
+    Pool(15, 2, 7),
+]
+MAPS = [(2, c, 6, 7) for c in (1, 13, 16, 40)] + [
+    *[(2, 9, h, w) for h in (1, 2, 3, 8) for w in (1, 2, 5, 9)],
+    (0, 8, 4, 4),
+    (70, 16, 3, 3),
+    (1, 100, 15, 8),
+]
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+def test_any_window_is_stock(pool, relu, special):
+    for shape in MAPS:
+        if min(shape[2:]) + 2 * pool.padding < pool.kernel:
+            continue
+        x = values(shape, special).requires_grad_()
+        kernel, stride, padding, ceil = pool
+        expected, index = F.max_pool2d(
+            x.relu() if relu else x, kernel, stride, padding, 1, ceil, return_indices=True
+        )
+        arguments = list(map(int, pool))
+        output, code = ops.relu_max_pool(x.detach(), relu, arguments)
+        same(output, expected.detach())
+        width, (oh, ow) = shape[3], expected.shape[2:]
+        dy = index // width - (torch.arange(oh) * stride - padding)[:, None]
+        dx = index % width - (torch.arange(ow) * stride - padding)
+        reference = (dy * kernel + dx).permute(0, 2, 3, 1)
+        if relu:
+            blocked = (expected.detach() <= 0).permute(0, 2, 3, 1)
+            reference = torch.where(blocked, kernel * kernel, reference)
+        same(code, reference.to(torch.uint8))
+        g = dense(torch.randint(-4, 5, expected.shape).float())  # sums are exact in any order
+        expected.backward(g)
+        grad_input, grad_bias = ops.max_pool_bias_grad(g, code, shape[2:], True, arguments)
+        same(grad_input, x.grad)
+        check_sums(grad_bias, x.grad)
+
+
 def test_ties_go_to_the_first_and_zeros_pass_nothing():
     x = dense(
         torch.tensor([[1, 1, 0, -0.0], [1, 1, -1, 0], [0, 2, -1, 3], [2, 2, 3, 3]])[None, None]
@@ -54,16 +106,23 @@ def test_ties_go_to_the_first_and_zeros_pass_nothing():
     assert code.flatten().tolist() == [0, 4, 1, 1]
 
 
-def test_threads_agree():
+@pytest.mark.parametrize("pool", [Pool(2, 2), Pool(3, 2, 1)], ids=str)
+def test_threads_agree(pool):
+    pool = list(map(int, pool))
     x = values((8, 40, 17, 15))
-    _, code = at_one_and_two_threads(lambda: ops.relu_max_pool(x))
-    g = dense(torch.randn(8, 40, 8, 7))
-    at_one_and_two_threads(lambda: ops.max_pool_bias_grad(g, code, (17, 15)))
+    output, code = at_one_and_two_threads(lambda: ops.relu_max_pool(x, True, pool))
+    g = dense(torch.randn(output.shape))
+    at_one_and_two_threads(lambda: ops.max_pool_bias_grad(g, code, (17, 15), True, pool))
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="H and W at least 2"):
+    with pytest.raises(ValueError, match="a map of 1x4 is smaller than a window"):
         ops.relu_max_pool(torch.randn(1, 3, 1, 4))
+    with pytest.raises(ValueError, match=r"input must be \[N, C, H, W\]"):
+        ops.relu_max_pool(torch.randn(3, 4, 4))
+    for bad in ([2, 2, 0], [1, 1, 0, 0], [16, 1, 0, 0], [3, 0, 0, 0], [3, 1, 2, 0]):
+        with pytest.raises(ValueError, match="pool must be"):
+            ops.relu_max_pool(torch.randn(1, 3, 32, 32), True, bad)
     _, code = ops.relu_max_pool(torch.randn(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"grad_output must be .* got size \[1, 3, 3, 2\]"):
         ops.max_pool_bias_grad(torch.randn(1, 3, 3, 2), code, (4, 4))

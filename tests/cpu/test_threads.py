@@ -20,8 +20,8 @@ def channels_last(*shape):
 
 
 def relu(x):
-    y, mask = ops.relu_mask(x)
-    return [y, mask, *ops.mask_bias_grad(y, mask)]
+    y, mask = ops.activate(x)
+    return [y, mask, *ops.activate_grad(y, mask)]
 
 
 def pool(x):

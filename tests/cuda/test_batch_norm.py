@@ -8,6 +8,8 @@ from ..cpu.rows import POOL_SHAPES, SHAPES, dense, pack, rows_of, same
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NONE, MASK, POOL, RECOMPUTE = range(4)
+#: The operators' arguments act, slope, pool.
+ARGUMENTS = {NONE: (0,), MASK: (1,), POOL: (1, 0.0, [2, 2, 0, 0]), RECOMPUTE: (1,)}
 NORM_SHAPES = [s for s in SHAPES if len(s) != 3 and s[0] and s != (1, 5, 1, 1)][::2]
 EPS = 1e-5
 
@@ -57,7 +59,7 @@ def check(gpu, shape, act, dtype, residual=False):
     z = dense(torch.randn(shape)).to(dtype) if residual else None
     expected = Expected(x, scale, shift, act, z)
     on = [gpu(t) for t in (x, scale, shift)]
-    output, mask = gpu.ops.batch_norm_apply(*on, gpu(z) if residual else None, act)
+    output, mask = gpu.ops.batch_norm_apply(*on, gpu(z) if residual else None, *ARGUMENTS[act])
     same(output.cpu(), expected.output.detach().to(dtype))
     assert dense(output).data_ptr() == output.data_ptr()
     if act == MASK:
@@ -68,10 +70,11 @@ def check(gpu, shape, act, dtype, residual=False):
         POOL: {"mask": mask},
         RECOMPUTE: {"scale": on[1], "shift": on[2]},
     }[act]
+    saved |= dict(zip(("act", "slope", "pool"), ARGUMENTS[act], strict=False))
 
     gated = expected.gated(g)
     mean = torch.randn(shape[1])
-    first, second = gpu.ops.batch_norm_grad_sums(gpu(g), on[0], gpu(mean), **saved, act=act)
+    first, second = gpu.ops.batch_norm_grad_sums(gpu(g), on[0], gpu(mean), **saved)
     deviation = expected.x - along_channels(mean, x)
     for actual, terms in ((first, gated), (second, gated * deviation)):
         assert actual.dtype == torch.float64
@@ -80,7 +83,7 @@ def check(gpu, shape, act, dtype, residual=False):
 
     a, b, c0 = torch.randn(3, shape[1])
     grad_input, grad_residual = gpu.ops.batch_norm_grad_input(
-        gpu(g), on[0], *map(gpu, (a, b, c0)), **saved, act=act, need_grad_residual=act == MASK
+        gpu(g), on[0], *map(gpu, (a, b, c0)), **saved, need_grad_residual=act == MASK
     )
     a, b, c0 = (along_channels(t, x) for t in (a, b, c0))
     near(grad_input, a * gated + b * expected.x + c0)
@@ -113,8 +116,10 @@ def test_norm_relu_and_pool(gpu, shape, dtype):
 @pytest.mark.parametrize("act", [NONE, MASK, POOL])
 def test_without_a_scale_the_shift_is_a_bias(gpu, act, dtype):
     x, _, shift, _ = tensors((2, 24, 6, 4), dtype, act)
-    actual = gpu.ops.batch_norm_apply(gpu(x), None, gpu(shift), None, act)
-    expected = gpu.ops.batch_norm_apply(gpu(x), gpu(torch.ones(24)), gpu(shift), None, act)
+    actual = gpu.ops.batch_norm_apply(gpu(x), None, gpu(shift), None, *ARGUMENTS[act])
+    expected = gpu.ops.batch_norm_apply(
+        gpu(x), gpu(torch.ones(24)), gpu(shift), None, *ARGUMENTS[act]
+    )
     for one, other in zip(actual, expected, strict=True):
         same(one, other)
 
@@ -131,17 +136,18 @@ def test_whole_step_is_stock(gpu, act, dtype):
     ops, on = gpu.ops, gpu(x)
     mean, var = ops.batch_norm_stats(on)
     scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gpu(weight), gpu(bias), EPS)
-    output, mask = ops.batch_norm_apply(on, scale, shift, None, act)
+    output, mask = ops.batch_norm_apply(on, scale, shift, None, *ARGUMENTS[act])
     near(output, y.detach(), 2)
     mask = None if act == NONE else mask
     if act == POOL and dtype != torch.float32:
         return  # values that differ may tie once rounded: the gradient goes elsewhere
     y.backward(g.double())
-    sums = ops.batch_norm_grad_sums(gpu(dense(g)), on, mean, mask, act=act)
+    behind = dict(zip(("act", "slope", "pool"), ARGUMENTS[act], strict=False))
+    sums = ops.batch_norm_grad_sums(gpu(dense(g)), on, mean, mask, **behind)
     *abc, grad_bias, grad_weight = ops.batch_norm_grad_coefficients(
         *sums, mean, invstd, gpu(weight), x.numel() // 24
     )
-    grad_input, _ = ops.batch_norm_grad_input(gpu(dense(g)), on, *abc, mask, act=act)
+    grad_input, _ = ops.batch_norm_grad_input(gpu(dense(g)), on, *abc, mask, **behind)
     near(grad_input, leaves[0].grad, 2)
     near(grad_bias, leaves[2].grad)
     near(grad_weight, leaves[1].grad)
@@ -202,18 +208,19 @@ def test_running_statistics_are_stock(gpu, momentum):
 @pytest.mark.parametrize("act", [NONE, MASK, POOL, RECOMPUTE])
 def test_sums_repeat_and_do_not_depend_on_alignment(gpu, act, dtype):
     x, scale, shift, g = (gpu(t) for t in tensors((8, 40, 18, 14), dtype, act))
-    _, mask = gpu.ops.batch_norm_apply(x, scale, shift, None, act)
+    _, mask = gpu.ops.batch_norm_apply(x, scale, shift, None, *ARGUMENTS[act])
     saved = {MASK: {"mask": mask}, POOL: {"mask": mask}}.get(act, {})
     if act == RECOMPUTE:
         saved = {"scale": scale, "shift": shift}
+    saved |= dict(zip(("act", "slope", "pool"), ARGUMENTS[act], strict=False))
     moved = torch.empty(x.numel() + 1, dtype=dtype, device=x.device)[1:]
     moved = moved.as_strided(x.shape, x.stride(), 1).copy_(x)
     mean, var = gpu.ops.batch_norm_stats(x)
-    sums = gpu.ops.batch_norm_grad_sums(g, x, mean, **saved, act=act)
+    sums = gpu.ops.batch_norm_grad_sums(g, x, mean, **saved)
     for again in (x, moved):
         results = (
             *gpu.ops.batch_norm_stats(again),
-            *gpu.ops.batch_norm_grad_sums(g, again, mean, **saved, act=act),
+            *gpu.ops.batch_norm_grad_sums(g, again, mean, **saved),
         )
         for result, first in zip(results, (mean, var, *sums), strict=True):
             same(result, first)
@@ -223,11 +230,14 @@ def test_sums_repeat_and_do_not_depend_on_alignment(gpu, act, dtype):
 def test_empty_batch_gives_empty_tensors(gpu, dtype):
     x, scale = gpu(torch.empty(0, 8, 4, 4, dtype=dtype)), gpu(torch.ones(8))
     assert gpu.ops.batch_norm_stats(x)[0].isnan().all()
-    output, mask = gpu.ops.batch_norm_apply(x, scale, scale, None, POOL)
+    pool = ARGUMENTS[POOL]
+    output, mask = gpu.ops.batch_norm_apply(x, scale, scale, None, *pool)
     assert output.shape == (0, 8, 2, 2)
-    sums = gpu.ops.batch_norm_grad_sums(output, x, scale, mask, act=POOL)
+    sums = gpu.ops.batch_norm_grad_sums(output, x, scale, mask, None, None, *pool)
     assert all(torch.equal(s.cpu(), torch.zeros(8, dtype=torch.float64)) for s in sums)
-    grad_input, _ = gpu.ops.batch_norm_grad_input(output, x, scale, scale, scale, mask, act=POOL)
+    grad_input, _ = gpu.ops.batch_norm_grad_input(
+        output, x, scale, scale, scale, mask, None, None, *pool
+    )
     assert grad_input.shape == x.shape
 
 
@@ -238,11 +248,15 @@ def test_bad_arguments_are_named(gpu):
         ops.batch_norm_apply(x, scale, scale, None, 7)
     with pytest.raises(ValueError, match=r"scale must be .* \[8\].* size \[4\]"):
         ops.batch_norm_apply(x, scale[:4], scale)
-    with pytest.raises(ValueError, match="residual needs act 0"):
-        ops.batch_norm_apply(x, scale, scale, x, POOL)
+    with pytest.raises(ValueError, match=r"pool must be \[2, 2, 0, 0\] on a GPU"):
+        ops.batch_norm_apply(x, scale, scale, None, 1, 0.0, [3, 2, 1, 0])
+    with pytest.raises(ValueError, match="residual needs no pool"):
+        ops.batch_norm_apply(x, scale, scale, x, *ARGUMENTS[POOL])
     with pytest.raises(ValueError, match="residual must be Float"):
-        ops.batch_norm_apply(x, scale, scale, x.half(), MASK)
-    with pytest.raises(ValueError, match="mask must be given"):
-        ops.batch_norm_grad_sums(x, x, scale, act=MASK)
-    with pytest.raises(ValueError, match="scale and shift must be given"):
-        ops.batch_norm_grad_sums(x, x, scale, act=RECOMPUTE)
+        ops.batch_norm_apply(x, scale, scale, x.half(), 1)
+    with pytest.raises(ValueError, match="mask, or scale and shift, must be given"):
+        ops.batch_norm_grad_sums(x, x, scale, act=1)
+    with pytest.raises(ValueError, match="mask must be given for pool"):
+        ops.batch_norm_grad_sums(x, x, scale, None, None, None, *ARGUMENTS[POOL])
+    with pytest.raises(ValueError, match="mask must be given for ReLU or a pool only"):
+        ops.batch_norm_grad_sums(x, x, scale, torch.zeros(32, 1, dtype=torch.uint8))

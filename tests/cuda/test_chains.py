@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext.engine import autograd, support
+from wus_ext.engine import activation, autograd, support
 from wus_ext.engine import linear as products
 from wus_ext.engine.conv import algorithm as algorithms
 from wus_ext.engine.conv import choice
@@ -29,8 +29,8 @@ def chains(gpu, monkeypatch):
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
         for module in (choice, products):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
-        monkeypatch.setattr(algorithms, "ops", gpu.ops)
-        monkeypatch.setattr(autograd, "ops", gpu.ops)
+        for module in (activation, algorithms, autograd):
+            monkeypatch.setattr(module, "ops", gpu.ops)
     return gpu
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext.engine import autograd, options, support
+from wus_ext.engine import activation, autograd, options, support
 from wus_ext.engine.conv import algorithm as algorithms
 from wus_ext.engine.conv import choice
 from wus_ext.engine.gpu import conv_epilogue, linked, tuning
@@ -68,7 +68,7 @@ def cudnn(gpu, monkeypatch, request):
     if gpu.device == "cpu":
         operators = StandIn()
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
-        for module in (algorithms, autograd, linked):
+        for module in (activation, algorithms, autograd, linked):
             monkeypatch.setattr(module, "ops", gpu.ops)
         monkeypatch.setattr(conv_epilogue, "sums", gpu.ops)
         for module in (choice, conv_epilogue):

@@ -50,7 +50,7 @@ def assert_bias_grad(actual, masked):
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
 def test_relu_mask_is_stock_relu(gpu, shape, special, dtype):
     x = cpu_values(shape, dtype, special)
-    output, mask = gpu.ops.relu_mask(gpu(x))
+    output, mask = gpu.ops.activate(gpu(x))
     same(output.cpu(), x.relu())
     same(mask.cpu(), pack(~(x <= 0)))
     assert dense(output).data_ptr() == output.data_ptr()
@@ -60,16 +60,16 @@ def test_relu_mask_is_stock_relu(gpu, shape, special, dtype):
 def test_relu_mask_in_place(gpu, channels, dtype):
     x = cpu_values((2, channels, 3, 5), dtype, special=True)
     changed = gpu(x.clone())
-    output, mask = gpu.ops.relu_mask_(changed)
+    output, mask = gpu.ops.activate_(changed)
     assert output.data_ptr() == changed.data_ptr()
     same(changed.cpu(), x.relu())
     same(mask.cpu(), pack(~(x <= 0)))
 
 
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
-def test_add_relu_mask(gpu, shape, dtype):
+def test_sum_of_two(gpu, shape, dtype):
     x, z = cpu_values(shape, dtype, special=True), gradient(shape, dtype)
-    output, mask = gpu.ops.add_relu_mask(gpu(x), gpu(z))
+    output, mask = gpu.ops.activate(gpu(x), gpu(z))
     same(output.cpu(), (x + z).relu())
     same(mask.cpu(), pack(~(x + z <= 0)))
 
@@ -77,23 +77,23 @@ def test_add_relu_mask(gpu, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
 def test_apply_mask(gpu, shape, dtype):
     x, g = cpu_values(shape, dtype), gradient(shape, dtype)
-    _, mask = gpu.ops.relu_mask(gpu(x))
+    _, mask = gpu.ops.activate(gpu(x))
     expected = torch.where(x > 0, g.float() * 1.25, 0.0).to(dtype)
     same(gpu.ops.apply_mask(gpu(g), mask, 1.25).cpu(), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
-def test_mask_bias_grad(gpu, shape, dtype):
+def test_activate_grad(gpu, shape, dtype):
     x, g = cpu_values(shape, dtype, special=True), gradient(shape, dtype)
-    y, mask = gpu.ops.relu_mask(gpu(x))
+    y, mask = gpu.ops.activate(gpu(x))
     expected = torch.ops.aten.threshold_backward(g, y.cpu(), 0)
-    grad_input, grad_bias = gpu.ops.mask_bias_grad(gpu(g), mask)
+    grad_input, grad_bias = gpu.ops.activate_grad(gpu(g), mask)
     same(grad_input.cpu(), expected)
     assert_bias_grad(grad_bias, expected)
-    nothing, again = gpu.ops.mask_bias_grad(gpu(g), mask, False)
+    nothing, again = gpu.ops.activate_grad(gpu(g), mask, need_grad_input=False)
     assert nothing.numel() == 0
     same(again, grad_bias)
-    nothing, plain = gpu.ops.mask_bias_grad(gpu(g))
+    nothing, plain = gpu.ops.activate_grad(gpu(g), act=0)
     assert nothing.numel() == 0
     assert_bias_grad(plain, g)
 
@@ -103,9 +103,9 @@ def test_mask_bias_grad(gpu, shape, dtype):
 def test_a_blocked_gradient_is_zero_whatever_it_was(gpu, special, repeat, dtype):
     x = torch.tensor([[-1.0, 1.0, 0.0, -0.0, float("nan")]], dtype=dtype).repeat(1, repeat)
     passed = torch.tensor([[0, special, 0, 0, special]], dtype=dtype).repeat(1, repeat)
-    _, mask = gpu.ops.relu_mask(gpu(x))
+    _, mask = gpu.ops.activate(gpu(x))
     g = gpu(torch.full_like(x, special))
-    grad_input, grad_bias = gpu.ops.mask_bias_grad(g, mask)
+    grad_input, grad_bias = gpu.ops.activate_grad(g, mask)
     same(grad_input.cpu(), passed)
     same(grad_bias.cpu(), passed[0].float())
     same(gpu.ops.apply_mask(g, mask).cpu(), passed)
@@ -146,10 +146,10 @@ def test_pool_is_stock(gpu, shape, relu, special, dtype):
 @pytest.mark.parametrize("shape", [(70, 64), (3, 64, 6, 6)], ids=str)
 def test_unaligned_tensors_give_the_same_bits(gpu, shape, dtype):
     x, g = gpu(cpu_values(shape, dtype)), gpu(gradient(shape, dtype))
-    _, mask = gpu.ops.relu_mask(x)
-    assert_equal(gpu.ops.relu_mask(at_offset(x)), gpu.ops.relu_mask(x))
-    assert_equal(gpu.ops.add_relu_mask(x, at_offset(g)), gpu.ops.add_relu_mask(x, g))
-    assert_equal(gpu.ops.mask_bias_grad(at_offset(g), mask), gpu.ops.mask_bias_grad(g, mask))
+    _, mask = gpu.ops.activate(x)
+    assert_equal(gpu.ops.activate(at_offset(x)), gpu.ops.activate(x))
+    assert_equal(gpu.ops.activate(x, at_offset(g)), gpu.ops.activate(x, g))
+    assert_equal(gpu.ops.activate_grad(at_offset(g), mask), gpu.ops.activate_grad(g, mask))
     same(gpu.ops.apply_mask(at_offset(g), mask), gpu.ops.apply_mask(g, mask))
 
 
@@ -164,7 +164,7 @@ def test_unaligned_pools_give_the_same_bits(gpu, dtype):
 
 
 def test_gradient_of_any_strides(gpu, dtype):
-    _, mask = gpu.ops.relu_mask(gpu(cpu_values((2, 13, 4, 4), dtype)))
+    _, mask = gpu.ops.activate(gpu(cpu_values((2, 13, 4, 4), dtype)))
     g = gpu(torch.randn(2, 13, 4, 4).to(dtype))
     views = {
         "nchw": g,
@@ -172,23 +172,23 @@ def test_gradient_of_any_strides(gpu, dtype):
         "expanded": g[:, :, :1, :1].expand(2, 13, 4, 4),
     }
     for view in views.values():
-        assert_equal(gpu.ops.mask_bias_grad(view, mask), gpu.ops.mask_bias_grad(dense(view), mask))
+        assert_equal(gpu.ops.activate_grad(view, mask), gpu.ops.activate_grad(dense(view), mask))
 
 
 def test_sums_repeat_bit_for_bit(gpu, dtype):
     g = gpu(gradient((8, 72, 33, 31), dtype))
-    _, mask = gpu.ops.relu_mask(gpu(gradient(g.shape, dtype)))
+    _, mask = gpu.ops.activate(gpu(gradient(g.shape, dtype)))
     pooled, code = gpu.ops.relu_max_pool(g)
-    first = gpu.ops.mask_bias_grad(g, mask)
+    first = gpu.ops.activate_grad(g, mask)
     first_pooled = gpu.ops.max_pool_bias_grad(pooled, code, (33, 31))
     for _ in range(5):
-        assert_equal(gpu.ops.mask_bias_grad(g, mask), first)
+        assert_equal(gpu.ops.activate_grad(g, mask), first)
         assert_equal(gpu.ops.max_pool_bias_grad(pooled, code, (33, 31)), first_pooled)
 
 
 def test_sum_over_many_rows(gpu, dtype):
     g = ((torch.rand(300_000, 24) + 0.5) / 64).to(dtype)  # sums within float16's range
-    _, total = gpu.ops.mask_bias_grad(gpu(g))
+    _, total = gpu.ops.activate_grad(gpu(g), act=0)
     assert_bias_grad(total, g)
 
 
@@ -196,9 +196,9 @@ def test_sum_over_many_rows(gpu, dtype):
 def test_no_elements(gpu, shape, dtype):
     x = gpu(dense(torch.empty(shape, dtype=dtype)))
     zeros = torch.zeros(shape[1])
-    output, mask = gpu.ops.relu_mask(x)
+    output, mask = gpu.ops.activate(x)
     assert output.shape == x.shape
-    grad_input, grad_bias = gpu.ops.mask_bias_grad(x, mask)
+    grad_input, grad_bias = gpu.ops.activate_grad(x, mask)
     assert grad_input.shape == x.shape
     same(grad_bias.cpu(), zeros)
     assert gpu.ops.apply_mask(x, mask).shape == x.shape
@@ -210,18 +210,18 @@ def test_no_elements(gpu, shape, dtype):
 
 def test_bad_arguments_are_named(gpu, dtype):
     x = gpu(cpu_values((2, 8, 4, 4), dtype))
-    _, mask = gpu.ops.relu_mask(x)
+    _, mask = gpu.ops.activate(x)
     with pytest.raises(ValueError, match=r"input must be a float32, float16 or .* got Double"):
-        gpu.ops.relu_mask(x.double())
+        gpu.ops.activate(x.double())
     with pytest.raises(ValueError, match=r"mask must be .* \[32, 1\].* got Byte of size \[31, 1\]"):
-        gpu.ops.mask_bias_grad(x, mask[:31])
+        gpu.ops.activate_grad(x, mask[:31])
     with pytest.raises(ValueError, match="input must be dense"):
-        gpu.ops.relu_mask_(x.contiguous())
+        gpu.ops.activate_(x.contiguous())
     with pytest.raises(ValueError, match="other has size"):
-        gpu.ops.add_relu_mask(x, x[:1])
+        gpu.ops.activate(x, x[:1])
     other = torch.float16 if dtype == torch.float32 else torch.float32
     with pytest.raises(ValueError, match=r"other must be .* as input is"):
-        gpu.ops.add_relu_mask(x, x.to(other))
+        gpu.ops.activate(x, x.to(other))
     with pytest.raises(ValueError, match="H and W at least 2"):
         gpu.ops.relu_max_pool(x[:, :, :1])
     _, code = gpu.ops.relu_max_pool(x)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext.engine import autograd, options, support
+from wus_ext.engine import activation, autograd, options, support
 from wus_ext.engine import linear as products
 from wus_ext.engine.conv import algorithm as algorithms
 from wus_ext.engine.conv import choice
@@ -31,9 +31,9 @@ class Counted:
     def __getattr__(self, name):
         operator = getattr(self._ops, name)
 
-        def call(*args):
+        def call(*args, **options):
             self.calls.append(name)
-            return operator(*args)
+            return operator(*args, **options)
 
         return call
 
@@ -44,8 +44,8 @@ def lt(gpu, monkeypatch, tf32_products):
     monkeypatch.setattr(linked, "ops", counted)
     if gpu.device == "cpu":
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
-        monkeypatch.setattr(algorithms, "ops", gpu.ops)
-        monkeypatch.setattr(autograd, "ops", gpu.ops)
+        for module in (activation, algorithms, autograd):
+            monkeypatch.setattr(module, "ops", gpu.ops)
         for module in (choice, linked, products):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
         monkeypatch.setattr(options, "build_info", lambda: {"cuda": "emulated"})
@@ -129,7 +129,7 @@ def test_only_where_both_products_exist(lt):
     compare(twins(mlp(24, 136, 6), lt), lt, (24, 6), torch.float32)  # not the one above
     compare(twins(mlp(6, 136, 8), lt), lt, (6, 8), torch.float32)  # not the layer's own
     assert not called(lt)
-    assert "mask_bias_grad" in lt.calls  # linked all the same
+    assert "activate_grad" in lt.calls  # linked all the same
 
 
 def test_dropout_is_not_linked_while_it_drops(lt, monkeypatch):

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.usefixtures("real_gpu")
 
 
 def every_kernel(g, x):
-    y, mask = ops.relu_mask(x)
-    grad_input, grad_bias = ops.mask_bias_grad(g, mask)
-    added, added_mask = ops.add_relu_mask(y, g)
+    y, mask = ops.activate(x)
+    grad_input, grad_bias = ops.activate_grad(g, mask)
+    added, added_mask = ops.activate(y, g)
     pooled, code = ops.relu_max_pool(added)
     unpooled, pool_bias = ops.max_pool_bias_grad(pooled, code, added.shape[2:])
     return [grad_input, grad_bias, ops.apply_mask(unpooled, added_mask), pool_bias]
@@ -80,9 +80,9 @@ def test_another_device_than_the_current_one():
 
 def test_a_mask_elsewhere_is_refused():
     g, x = tensors()
-    _, mask = ops.relu_mask(x)
+    _, mask = ops.activate(x)
     with pytest.raises(ValueError, match=r"mask must be .* on cuda:0, got .* on cpu"):
-        ops.mask_bias_grad(g, mask.cpu())
+        ops.activate_grad(g, mask.cpu())
 
 
 def test_more_than_2_to_the_31_elements():
@@ -93,8 +93,8 @@ def test_more_than_2_to_the_31_elements():
     x = torch.full_like(g, -1)
     for tensor in (g, x):
         tensor[-3:] = torch.randn(3, channels, device="cuda")
-    y, mask = ops.relu_mask_(x)
-    grad_input, grad_bias = ops.mask_bias_grad(g, mask)
+    y, mask = ops.activate_(x)
+    grad_input, grad_bias = ops.activate_grad(g, mask)
     expected = torch.where(y[-3:] > 0, g[-3:], 0)
     same(grad_input[-3:], expected)
     assert not grad_input[:-3].any()

@@ -11,7 +11,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from .conv.algorithm import Act, Trained, masked
+from .activation import Act, masked
+from .conv.algorithm import NormGrad, Trained
 from .linear import Products
 from .support import dense
 
@@ -109,8 +110,9 @@ class ConvNormAct(torch.autograd.Function):
     """act(batch_norm(conv(input) + bias) + residual) with batch statistics.
 
     Saves the mask; the convolution's output, which the statistics' gradient needs, where the
-    gradient goes on to the input, the weight or gamma; and the input where the weight trains. A
-    bias in front of batch statistics has no influence: its gradient is exactly zero.
+    gradient goes on to the input, the weight or gamma, or where the activation's slope follows from
+    it; and the input where the weight trains. A bias in front of batch statistics has no influence:
+    its gradient is exactly zero.
     """
 
     @staticmethod
@@ -122,10 +124,12 @@ class ConvNormAct(torch.autograd.Function):
                 norm.running_mean, norm.running_var, mean, var, norm.momentum, count
             )
         scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
-        output, mask = ops.batch_norm_apply(z, scale, shift, residual, int(act))
-        mask = None if act == Act.NONE else mask
+        output, mask = ops.batch_norm_apply(z, scale, shift, residual, *act.arguments)
+        mask = None if act == Act.NONE or act.smooth else mask
         need_input, _, need_weight, need_gamma = ctx.needs_input_grad[:4]
-        kept = (z, mean, invstd, gamma) if need_input or need_weight or need_gamma else ()
+        affine = (scale, shift) if act.smooth else (None, None)
+        keep = need_input or need_weight or need_gamma or act.smooth
+        kept = (z, mean, invstd, gamma, *affine) if keep else ()
         ctx.save_for_backward(mask, *kept, *to_save(ctx, input, 2, weight))
         ctx.algorithm, ctx.act, ctx.count = algorithm, act, count
         ctx.size = tuple(z.shape[2:])
@@ -146,9 +150,9 @@ class ConvNormAct(torch.autograd.Function):
             grad_beta = grad_beta if need_beta else None
             grad_residual = grad if need_residual else None
             return None, grad_bias, None, None, grad_beta, grad_residual, None, None, None
-        z, mean, invstd, gamma, *trained = kept
-        sums = ops.batch_norm_grad_sums(grad, z, mean, mask, act=int(act))
-        *coefficients, grad_beta, grad_gamma = ops.batch_norm_grad_coefficients(
+        z, mean, invstd, gamma, scale, shift, *trained = kept
+        sums = ops.batch_norm_grad_sums(grad, z, mean, mask, scale, shift, *act.arguments)
+        a, b, c, grad_beta, grad_gamma = ops.batch_norm_grad_coefficients(
             *sums, mean, invstd, gamma, ctx.count
         )
         grad_input = grad_weight = grad_residual = None
@@ -156,7 +160,7 @@ class ConvNormAct(torch.autograd.Function):
             grad_input, grad_residual, grad_weight = algorithm.backward_norm(
                 grad,
                 z,
-                coefficients,
+                NormGrad(a, b, c, scale, shift),
                 mask,
                 act,
                 need_input,
@@ -216,9 +220,7 @@ def linear_forward(
     output = product.forward(input, bias)
     if not relu:
         return output, None
-    return (
-        ops.relu_mask_(output) if noise is None else ops.relu_dropout_mask(output, p, noise=noise)
-    )
+    return ops.activate_(output) if noise is None else ops.relu_dropout_mask(output, p, noise=noise)
 
 
 def linear_masked(
@@ -230,7 +232,10 @@ def linear_masked(
         grad, mask = ops.apply_mask(grad, mask, 1.0 / (1.0 - p)), None
     if mask is None and not need_bias:
         return grad, None
-    masked_grad, grad_bias = ops.mask_bias_grad(grad, mask, mask is not None and need_grad)
+    act = Act.NONE if mask is None else Act.RELU
+    masked_grad, grad_bias = ops.activate_grad(
+        grad, mask, None, *act.function, need_grad, need_bias
+    )
     return (grad if mask is None else masked_grad), grad_bias
 
 

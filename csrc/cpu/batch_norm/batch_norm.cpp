@@ -6,41 +6,26 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/activation/gradient.h"
 #include "cpu/batch_norm/kernels.h"
+#include "cpu/batch_norm/statistics.h"
 #include "cpu/parallel_rows.h"
+#include "cpu/pool/pool.h"
 
 namespace wus::cpu {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// A dense vector with one element a channel, or null.
-at::Tensor per_channel(const at::Tensor& t, const char* name, int64_t channels,
-                       at::ScalarType type = at::kFloat) {
-  TORCH_CHECK_VALUE(
-      t.device().is_cpu() && t.scalar_type() == type && t.dim() == 1 && t.size(0) == channels, name,
-      " must be a ", type, " tensor of size [", channels, "] on the CPU, got ", t.scalar_type(),
-      " of size ", t.sizes(), " on ", t.device());
-  return t.contiguous();
-}
-
-at::Tensor per_channel(const OptionalTensor& t, const char* name, int64_t channels) {
-  return t ? per_channel(*t, name, channels) : at::Tensor();
-}
-
-const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
-
-void check_act(int64_t act, const at::Tensor& input) {
-  TORCH_CHECK_VALUE(act >= kNone && act <= kReluRecompute,
-                    "act must be 0 (none), 1 (ReLU, mask), 2 (ReLU and 2x2 max-pool, codes) or 3 "
-                    "(ReLU, mask computed again), got ",
+// The max-pool that follows, if one does.
+std::optional<PoolShape> pool_behind(at::IntArrayRef pool, int64_t act, const at::Tensor& input) {
+  if (pool.empty()) return std::nullopt;
+  TORCH_CHECK_VALUE(act == kNone || act == kRelu, "pool needs act 0 (none) or 1 (ReLU), got act ",
                     act);
-  TORCH_CHECK_VALUE(
-      act != kReluMaxPool || (input.dim() == 4 && input.size(2) >= 2 && input.size(3) >= 2),
-      "input must be [N, C, H, W] with H and W at least 2 for act 2, got size ", input.sizes());
+  TORCH_CHECK_VALUE(input.dim() == 4, "input must be [N, C, H, W] for pool ", pool, ", got size ",
+                    input.sizes());
+  return pool_shape(pool, input.sizes().slice(2));
 }
-
-int64_t extent(const at::Tensor& x, int64_t dim) { return x.dim() == 4 ? x.size(dim) : 1; }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& input) {
   const at::Tensor x = as_rows(input, "input");
@@ -52,19 +37,7 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& input) {
         WUS_DISPATCH(batch_norm_kernels)
             .moments(in + begin * channels, end - begin, channels, sums);
       });
-  const double* sums = moments.const_data_ptr<double>();
-  at::Tensor mean = at::empty({channels}, x.options());
-  at::Tensor var = at::empty({channels}, x.options());
-  float* mean_data = mean.data_ptr<float>();
-  float* var_data = var.data_ptr<float>();
-  const double count = static_cast<double>(shape.rows);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double m = sums[c] / count;
-    const double v = sums[channels + c] / count - m * m;
-    mean_data[c] = static_cast<float>(m);
-    var_data[c] = static_cast<float>(v < 0 ? 0 : v);  // NaN stays NaN
-  }
-  return {mean, var};
+  return statistics(moments, shape.rows);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_scale_shift(const at::Tensor& mean,
@@ -114,94 +87,116 @@ void batch_norm_update_running(at::Tensor running_mean, at::Tensor running_var,
   }
 }
 
+std::tuple<at::Tensor, at::Tensor> pool_normalized(const at::Tensor& x, const at::Tensor& scale,
+                                                   const at::Tensor& shift, const PoolShape& shape,
+                                                   bool relu) {
+  const int64_t batch = x.size(0), channels = x.size(1);
+  at::Tensor output = at::empty({batch, channels, shape.oh, shape.ow},
+                                x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor code = at::empty({batch, shape.oh, shape.ow, channels}, x.options().dtype(at::kByte));
+  const PooledNorm op = {shape, data(x), data(scale), data(shift), channels, relu};
+  float* out = output.data_ptr<float>();
+  uint8_t* codes = code.data_ptr<uint8_t>();
+  for_rows(batch * shape.oh * shape.ow, channels, [&](int64_t begin, int64_t end) {
+    WUS_DISPATCH(batch_norm_kernels).pool(op, begin, end, out, codes);
+  });
+  return {output, code};
+}
+
 std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
                                                     const OptionalTensor& scale,
                                                     const at::Tensor& shift,
-                                                    const OptionalTensor& residual, int64_t act) {
-  check_act(act, input);
+                                                    const OptionalTensor& residual, int64_t act,
+                                                    double slope, at::IntArrayRef pool,
+                                                    bool need_mask) {
+  check_act(act);
+  const auto shape = pool_behind(pool, act, input);
   const at::Tensor x = as_rows(input, "input");
-  const Rows shape(x);
-  const at::Tensor s = scale ? per_channel(*scale, "scale", shape.channels)
-                             : at::ones({shape.channels}, x.options().dtype(at::kFloat));
-  const at::Tensor t = per_channel(shift, "shift", shape.channels);
+  const Rows rows(x);
+  const int64_t channels = rows.channels;
+  const at::Tensor s = scale ? per_channel(*scale, "scale", channels)
+                             : at::ones({channels}, x.options().dtype(at::kFloat));
+  const at::Tensor t = per_channel(shift, "shift", channels);
+  const bool bits = has_bits(static_cast<int>(act));
   at::Tensor added;
   if (residual) {
-    TORCH_CHECK_VALUE(act == kNone || act == kReluMask,
-                      "residual needs act 0 (none) or 1 (ReLU with a mask), got act ", act);
+    TORCH_CHECK_VALUE(!shape && (act == kNone || bits),
+                      "residual needs an act whose backward needs no input (0 to 4) and no pool, "
+                      "got act ",
+                      act, " and pool ", pool);
     added = as_rows(*residual, "residual");
     check_same_size(added, "residual", x, "input");
   }
-  const int64_t height = extent(x, 2), width = extent(x, 3);
-  at::Tensor output, mask;
-  int64_t rows = shape.rows;
-  if (act == kReluMaxPool) {
-    const int64_t batch = x.size(0), oh = height / 2, ow = width / 2;
-    rows = batch * oh * ow;
-    output = at::empty({batch, shape.channels, oh, ow},
-                       x.options().memory_format(at::MemoryFormat::ChannelsLast));
-    mask = at::empty({batch, oh, ow, shape.channels}, x.options().dtype(at::kByte));
-  } else {
-    output = empty_rows(x);
-    mask = act == kReluMask ? empty_mask(x) : nothing(x, at::kByte);
-  }
-  const BatchNorm op = {data(x), data(s), data(t),        data(added),
-                        height,  width,   shape.channels, static_cast<int>(act)};
+  if (shape) return pool_normalized(x, s, t, *shape, act == kRelu);
+  at::Tensor output = empty_rows(x);
+  at::Tensor mask = bits && need_mask ? empty_mask(x) : nothing(x, at::kByte);
+  const Activated op = {data(x),
+                        data(s),
+                        data(t),
+                        data(added),
+                        channels,
+                        static_cast<int>(act),
+                        static_cast<float>(slope)};
   float* out = output.data_ptr<float>();
-  uint8_t* bits = mask.data_ptr<uint8_t>();
-  for_rows(rows, shape.channels, [&](int64_t begin, int64_t end) {
-    WUS_DISPATCH(batch_norm_kernels).apply(op, begin, end, out, bits);
+  uint8_t* to = bits && need_mask ? mask.data_ptr<uint8_t>() : nullptr;
+  for_rows(rows.rows, channels, [&](int64_t begin, int64_t end) {
+    WUS_DISPATCH(activation_kernels)
+        .forward(op, begin, end, {out + begin * channels, channels},
+                 to ? to + begin * rows.mask_bytes() : nullptr);
   });
   return {output, mask};
 }
 
-// The tensors of a backward pass, checked and dense; op points into them.
+// The gradient behind a normalisation: what passes the activation, or a max-pool with its codes.
 struct Backward {
-  at::Tensor grad, x, scale, shift;
-  int64_t rows;
-  BatchNormGrad op;
+  at::Tensor grad, x;
+  std::optional<PassedGradient> passed;  // without a pool
+  PooledNormGrad pooled{};               // with one
 
   Backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& mask,
-           const OptionalTensor& scale_, const OptionalTensor& shift_, int64_t act) {
-    check_act(act, input);
+           const OptionalTensor& scale, const OptionalTensor& shift, int64_t act, double slope,
+           at::IntArrayRef pool) {
     x = as_rows(input, "input");
     grad = as_rows(grad_output, "grad_output");
-    const int64_t channels = Rows(x).channels, height = extent(x, 2), width = extent(x, 3);
-    TORCH_CHECK_VALUE(mask.has_value() == (act == kReluMask || act == kReluMaxPool),
-                      "mask must be given for act 1 (bits) and 2 (codes) and not otherwise, got ",
-                      mask ? "one" : "none", " with act ", act);
-    TORCH_CHECK_VALUE(act != kReluRecompute || (scale_ && shift_),
-                      "scale and shift must be given for act 3, which computes the mask again");
-    if (act == kReluMaxPool) {
-      const int64_t batch = x.size(0), oh = height / 2, ow = width / 2;
-      TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({batch, channels, oh, ow}),
-                        "grad_output must be [N, C, H / 2, W / 2] for input of size ", x.sizes(),
-                        ", got size ", grad.sizes());
-      check_bytes(*mask, "mask", {batch, oh, ow, channels});
-    } else {
-      check_same_size(grad, "grad_output", x, "input");
-      if (mask) check_mask(*mask, x);
+    const int64_t channels = Rows(x).channels;
+    const auto shape = pool_behind(pool, act, x);
+    if (!shape) {
+      const at::Tensor s = per_channel(scale, "scale", channels),
+                       t = per_channel(shift, "shift", channels);
+      check_act(act);
+      TORCH_CHECK_VALUE(act == kNone || mask || (scale && shift),
+                        "mask, or scale and shift, must be given for act ", act, ", got neither");
+      passed.emplace(grad, mask, x, "input", s, t, act, slope);
+      return;
     }
-    scale = per_channel(scale_, "scale", channels);
-    shift = per_channel(shift_, "shift", channels);
-    rows = Rows(grad).rows;
-    op = {data(grad),  data(x),     mask ? mask->const_data_ptr<uint8_t>() : nullptr,
-          data(scale), data(shift), height,
-          width,       channels,    static_cast<int>(act)};
+    const int64_t batch = x.size(0);
+    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({batch, channels, shape->oh, shape->ow}),
+                      "grad_output must be [N, C, ", shape->oh, ", ", shape->ow,
+                      "] for input of size ", x.sizes(), " and pool ", pool, ", got size ",
+                      grad.sizes());
+    TORCH_CHECK_VALUE(mask, "mask must be given for pool ", pool, ": the codes");
+    check_bytes(*mask, "mask", {batch, shape->oh, shape->ow, channels});
+    pooled = {*shape, data(grad), data(x), mask->const_data_ptr<uint8_t>(), channels};
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor& grad_output,
-                                                        const at::Tensor& input,
-                                                        const at::Tensor& mean,
-                                                        const OptionalTensor& mask,
-                                                        const OptionalTensor& scale,
-                                                        const OptionalTensor& shift, int64_t act) {
-  const Backward backward(grad_output, input, mask, scale, shift, act);
-  const int64_t channels = backward.op.channels;
+std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+    const OptionalTensor& mask, const OptionalTensor& scale, const OptionalTensor& shift,
+    int64_t act, double slope, at::IntArrayRef pool) {
+  const Backward backward(grad_output, input, mask, scale, shift, act, slope, pool);
+  const Rows shape(backward.grad);
+  const int64_t channels = shape.channels;
   const at::Tensor m = per_channel(mean, "mean", channels);
   const at::Tensor sums = sum_over_rows(
-      backward.rows, channels, 2 * channels, [&](int64_t begin, int64_t end, double* sum) {
-        WUS_DISPATCH(batch_norm_kernels).grad_sums(backward.op, data(m), begin, end, sum);
+      shape.rows, channels, 2 * channels, [&](int64_t begin, int64_t end, double* sum) {
+        if (backward.passed) {
+          WUS_DISPATCH(activation_kernels)
+              .grad_sums(backward.passed->op, data(m), begin, end, sum, nullptr);
+        } else {
+          WUS_DISPATCH(batch_norm_kernels)
+              .pool_grad_sums(backward.pooled, data(m), begin, end, sum);
+        }
       });
   return {sums.narrow(0, 0, channels).clone(), sums.narrow(0, channels, channels).clone()};
 }
@@ -237,21 +232,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_nor
 std::tuple<at::Tensor, at::Tensor> batch_norm_grad_input(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& a,
     const at::Tensor& b, const at::Tensor& c0, const OptionalTensor& mask,
-    const OptionalTensor& scale, const OptionalTensor& shift, int64_t act,
-    bool need_grad_residual) {
-  TORCH_CHECK_VALUE(!need_grad_residual || act == kReluMask,
-                    "need_grad_residual needs act 1 (ReLU with a mask), got act ", act);
-  const Backward backward(grad_output, input, mask, scale, shift, act);
-  const int64_t channels = backward.op.channels;
+    const OptionalTensor& scale, const OptionalTensor& shift, int64_t act, double slope,
+    at::IntArrayRef pool, bool need_grad_residual) {
+  TORCH_CHECK_VALUE(!need_grad_residual || (mask && pool.empty()),
+                    "need_grad_residual needs a mask of bits and no pool, got act ", act,
+                    " and pool ", pool);
+  const Backward backward(grad_output, input, mask, scale, shift, act, slope, pool);
+  const Rows shape(backward.x);
+  const int64_t channels = shape.channels;
   const at::Tensor a_ = per_channel(a, "a", channels), b_ = per_channel(b, "b", channels),
                    c_ = per_channel(c0, "c0", channels);
+  const NormCoefficients coefficients = {data(a_), data(b_), data(c_)};
   at::Tensor grad_input = empty_rows(backward.x);
   at::Tensor grad_residual = need_grad_residual ? empty_rows(backward.x) : nothing(backward.x);
   float* out = grad_input.data_ptr<float>();
   float* residual = need_grad_residual ? grad_residual.data_ptr<float>() : nullptr;
-  for_rows(backward.rows, channels, [&](int64_t begin, int64_t end) {
-    WUS_DISPATCH(batch_norm_kernels)
-        .grad_input(backward.op, data(a_), data(b_), data(c_), begin, end, out, residual);
+  for_rows(shape.rows, channels, [&](int64_t begin, int64_t end) {
+    if (backward.passed) {
+      const int64_t i = begin * channels;
+      WUS_DISPATCH(activation_kernels)
+          .backward(backward.passed->op, &coefficients, begin, end, {out + i, channels},
+                    residual ? residual + i : nullptr);
+    } else {
+      WUS_DISPATCH(batch_norm_kernels)
+          .pool_grad_input(backward.pooled, coefficients, begin, end, out);
+    }
   });
   return {grad_input, grad_residual};
 }

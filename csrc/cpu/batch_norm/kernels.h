@@ -1,49 +1,44 @@
-// Training-mode batch norm over dense rows [rows, channels], with the ReLU or the ReLU and 2x2
-// max-pool that follows it. Serial; begin and end count output rows, so that a thread may take any
-// range.
+// Training-mode batch norm over dense rows [rows, channels]: its statistics, and what differs where
+// a max-pool follows it (the rest is in cpu/activation/kernels.h). Serial; begin and end count
+// output rows, those of the input in pool_grad_input, so that a thread may take any range.
 #pragma once
 
 #include <stdint.h>
 
-#include "common/activation.h"
-#include "cpu/simd/dispatch.h"
+#include "cpu/activation/kernels.h"
+#include "cpu/pool/shape.h"
 
 namespace wus::cpu {
 
-struct BatchNorm {
+struct PooledNorm {
+  PoolShape shape;
   const float* x;
-  const float* scale;
-  const float* shift;
-  const float* residual;  // added before the activation; may be null
-  int64_t height, width;  // of x, for kReluMaxPool
+  const float *scale, *shift;  // [channels]
   int64_t channels;
-  int act;
+  bool relu;
 };
 
-struct BatchNormGrad {
+struct PooledNormGrad {
+  PoolShape shape;
   const float* grad;  // of the output
   const float* x;
-  const uint8_t* mask;  // or codes, as act says
-  const float* scale;   // scale and shift for kReluRecompute
-  const float* shift;
-  int64_t height, width;
+  const uint8_t* code;
   int64_t channels;
-  int act;
 };
 
 struct BatchNormKernels {
   // moments[c] += sum of x, moments[channels + c] += sum of x * x: in double throughout, which
   // loses nothing until the mean is some 1e6 times the deviation.
   void (*moments)(const float* x, int64_t rows, int64_t channels, double* moments);
-  // output = act(scale * x + shift + residual).
-  void (*apply)(const BatchNorm& op, int64_t begin, int64_t end, float* output, uint8_t* mask);
-  // With g the gradient that passes the activation: sums[c] += sum of g,
+  // output = max_pool(act(scale * x + shift)).
+  void (*pool)(const PooledNorm& op, int64_t begin, int64_t end, float* output, uint8_t* code);
+  // With g the gradient that passes pool and activation: sums[c] += sum of g,
   // sums[channels + c] += sum of g * (x - mean).
-  void (*grad_sums)(const BatchNormGrad& op, const float* mean, int64_t begin, int64_t end,
-                    double* sums);
-  // grad_input = a * g + b * x + c0; grad_residual = g unless it is null.
-  void (*grad_input)(const BatchNormGrad& op, const float* a, const float* b, const float* c0,
-                     int64_t begin, int64_t end, float* grad_input, float* grad_residual);
+  void (*pool_grad_sums)(const PooledNormGrad& op, const float* mean, int64_t begin, int64_t end,
+                         double* sums);
+  // grad_input = a * g + b * x + c.
+  void (*pool_grad_input)(const PooledNormGrad& op, const NormCoefficients& coefficients,
+                          int64_t begin, int64_t end, float* grad_input);
 };
 
 WUS_DECLARE_TABLE(BatchNormKernels, batch_norm_kernels)

@@ -1,4 +1,5 @@
 #include "cpu/gemm/kernels.h"
+#include "cpu/simd/simd_rows.h"
 
 namespace wus::cpu::WUS_ISA {
 
@@ -71,6 +72,119 @@ static void gemm(const float* a, int64_t lda, const float* b, float* c, int64_t 
   }
 }
 
+// One pass over kVectors vectors of columns, of the last one `lanes` lanes. a(i, k) is what row i
+// of the result takes of step k, and b(k) is step k of the columns.
+template <int kRows, int kVectors, class A, class B>
+WUS_INLINE void multiply_pass(A a, B b, float* c, int64_t ldc, int64_t depth, int lanes,
+                              bool accumulate) {
+  const auto lanes_of = [=](int v) WUS_INLINE_LAMBDA { return v == kVectors - 1 ? lanes : kWidth; };
+  Vec sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] = accumulate ? load(c + i * ldc + v * kWidth, lanes_of(v)) : zero();
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec y[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) y[v] = load(b(k) + v * kWidth, lanes_of(v));
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Vec x = broadcast(a(i, k));
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = x * y[v] + sum[i][v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kWidth, sum[i][v], lanes_of(v));
+  }
+}
+
+template <int kRows, int kVectors>
+static void multiply_part(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                          int64_t depth, int lanes, bool accumulate) {
+  multiply_pass<kRows, kVectors>([=](int i, int64_t k) WUS_INLINE_LAMBDA { return a[i * lda + k]; },
+                                 [=](int64_t k) WUS_INLINE_LAMBDA { return b + k * kPanel; }, c,
+                                 ldc, depth, lanes, accumulate);
+}
+
+template <int kRows, int kVectors>
+static void multiply_outer(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                           int64_t ldc, int64_t depth, int lanes, bool accumulate) {
+  multiply_pass<kRows, kVectors>([=](int i, int64_t k) WUS_INLINE_LAMBDA { return a[k * lda + i]; },
+                                 [=](int64_t k) WUS_INLINE_LAMBDA { return b + k * ldb; }, c, ldc,
+                                 depth, lanes, accumulate);
+}
+
+// body with `rows` as a constant; 0 < rows <= kGemmRows
+template <int kRows = kGemmRows, class Body>
+WUS_INLINE void with_rows(int64_t rows, const Body& body) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return with_rows<kRows - 1>(rows, body);
+  }
+  body.template operator()<kRows>();
+}
+
+// body(first row, number of rows) for passes of nearly equal height
+template <class Body>
+WUS_INLINE void for_passes(int64_t rows, const Body& body) {
+  const int64_t passes = (rows + kGemmRows - 1) / kGemmRows;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t row = pass * rows / passes;
+    body(row, (pass + 1) * rows / passes - row);
+  }
+}
+
+static void gemm_part(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                      int64_t rows, int64_t depth, int64_t columns, bool accumulate) {
+  for (int64_t k = 0; k < depth; k += kGemmDepth) {
+    const int64_t part = depth - k < kGemmDepth ? depth - k : kGemmDepth;
+    for_passes(rows, [&](int64_t row, int64_t height) WUS_INLINE_LAMBDA {
+      with_rows(height, [&]<int kRows>() WUS_INLINE_LAMBDA {
+        const float* from = a + row * lda + k;
+        const float* panel = b + k * kPanel;
+        float* to = c + row * ldc;
+        const bool more = accumulate || k > 0;
+        if (columns <= kWidth) {
+          multiply_part<kRows, 1>(from, lda, panel, to, ldc, part, (int)columns, more);
+        } else {
+          multiply_part<kRows, 2>(from, lda, panel, to, ldc, part, (int)columns - kWidth, more);
+        }
+      });
+    });
+  }
+}
+
+static void gemm_outer(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                       int64_t ldc, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+  for (int64_t k = 0; k < depth; k += kGemmDepth) {
+    const int64_t part = depth - k < kGemmDepth ? depth - k : kGemmDepth;
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      const int64_t width = columns - column < kPanel ? columns - column : kPanel;
+      for_passes(rows, [&](int64_t row, int64_t height) WUS_INLINE_LAMBDA {
+        with_rows(height, [&]<int kRows>() WUS_INLINE_LAMBDA {
+          const float* left = a + k * lda + row;
+          const float* right = b + k * ldb + column;
+          float* to = c + row * ldc + column;
+          const bool more = accumulate || k > 0;
+          if (width <= kWidth) {
+            multiply_outer<kRows, 1>(left, lda, right, ldb, to, ldc, part, (int)width, more);
+          } else if (width < kPanel) {
+            multiply_outer<kRows, 2>(left, lda, right, ldb, to, ldc, part, (int)width - kWidth,
+                                     more);
+          } else {
+            multiply_outer<kRows, 2>(left, lda, right, ldb, to, ldc, part, kWidth, more);
+          }
+        });
+      });
+    }
+  }
+}
+
 static void gemm_transposed(const float* a, const float* b, float* c, int64_t rows, int64_t depth,
                             bool accumulate) {
   const int64_t passes = (rows + kGemmRows - 1) / kGemmRows;
@@ -84,6 +198,7 @@ static void gemm_transposed(const float* a, const float* b, float* c, int64_t ro
   }
 }
 
-extern const GemmKernels gemm_kernels = {kPanel, kGemmRows, gemm, gemm_transposed};
+extern const GemmKernels gemm_kernels = {kPanel,    kGemmRows,  gemm,
+                                         gemm_part, gemm_outer, gemm_transposed};
 
 }  // namespace wus::cpu::WUS_ISA

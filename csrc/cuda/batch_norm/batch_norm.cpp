@@ -35,12 +35,14 @@ at::Tensor per_channel(const OptionalTensor& t, const char* name, int64_t channe
 
 const float* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-void check_act(int64_t act, const at::Tensor& input) {
-  TORCH_CHECK_VALUE(act >= kNone && act <= kReluRecompute,
-                    "act must be 0 (none), 1 (ReLU, mask), 2 (ReLU and 2x2 max-pool, codes) or 3 "
-                    "(ReLU, mask computed again), got ",
+// Whether a max-pool follows.
+bool check_act(int64_t act, at::IntArrayRef pool, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(act == kNone || act == kRelu, "act must be 0 (none) or 1 (ReLU) on a GPU, got ",
                     act);
-  if (act == kReluMaxPool) check_poolable(input);
+  if (pool.empty()) return false;
+  check_pool(pool);
+  check_poolable(input);
+  return true;
 }
 
 void check_like(const at::Tensor& t, const char* name, const at::Tensor& input) {
@@ -114,9 +116,11 @@ void batch_norm_update_running(at::Tensor running_mean, at::Tensor running_var,
 std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
                                                     const OptionalTensor& scale,
                                                     const at::Tensor& shift,
-                                                    const OptionalTensor& residual, int64_t act) {
+                                                    const OptionalTensor& residual, int64_t act,
+                                                    double /*slope*/, at::IntArrayRef pool,
+                                                    bool need_mask) {
   check_float(input, "input");
-  check_act(act, input);
+  const bool pooled = check_act(act, pool, input);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor x = as_rows(input, "input");
   const Rows shape(x);
@@ -125,14 +129,13 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
   const Affine affine = {data(s), data(t)};
   at::Tensor added;
   if (residual) {
-    TORCH_CHECK_VALUE(act == kNone || act == kReluMask,
-                      "residual needs act 0 (none) or 1 (ReLU with a mask), got act ", act);
+    TORCH_CHECK_VALUE(!pooled, "residual needs no pool, got pool ", pool);
     check_like(*residual, "residual", x);
     added = as_rows(*residual, "residual");
     check_same_size(added, "residual", x, "input");
   }
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  if (act == kReluMaxPool) {
+  if (pooled) {
     const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
     at::Tensor output = at::empty({batch, shape.channels, height / 2, width / 2},
                                   x.options().memory_format(at::MemoryFormat::ChannelsLast));
@@ -140,20 +143,21 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
         at::empty({batch, height / 2, width / 2, shape.channels}, x.options().dtype(at::kByte));
     if (output.numel() == 0) return {output, code};
     WUS_DISPATCH_DTYPE(x.scalar_type(), "batch_norm_apply", [&] {
-      cuda::relu_max_pool(x.const_data_ptr<scalar_t>(), affine, height, width, /*relu=*/true,
+      cuda::relu_max_pool(x.const_data_ptr<scalar_t>(), affine, height, width, act == kRelu,
                           output.data_ptr<scalar_t>(), code.data_ptr<uint8_t>(), Rows(output).rows,
                           shape.channels, stream);
     });
     return {output, code};
   }
   at::Tensor output = empty_rows(x);
-  at::Tensor mask = act == kReluMask ? empty_mask(x) : at::empty({0}, x.options().dtype(at::kByte));
+  const bool bits = act == kRelu && need_mask;
+  at::Tensor mask = bits ? empty_mask(x) : at::empty({0}, x.options().dtype(at::kByte));
   if (x.numel() == 0) return {output, mask};
   WUS_DISPATCH_DTYPE(x.scalar_type(), "batch_norm_apply", [&] {
     relu(x.const_data_ptr<scalar_t>(), affine,
          added.defined() ? added.const_data_ptr<scalar_t>() : nullptr, act != kNone,
-         output.data_ptr<scalar_t>(), act == kReluMask ? mask.data_ptr<uint8_t>() : nullptr,
-         shape.rows, shape.channels, stream);
+         output.data_ptr<scalar_t>(), bits ? mask.data_ptr<uint8_t>() : nullptr, shape.rows,
+         shape.channels, stream);
   });
   return {output, mask};
 }
@@ -162,23 +166,23 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
 struct Backward {
   at::Tensor grad, x, mask, scale, shift;
   int64_t channels;
-  int act;
+  bool relu, pooled;
 
   Backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& mask_,
-           const OptionalTensor& scale_, const OptionalTensor& shift_, int64_t act_)
-      : act(static_cast<int>(act_)) {
+           const OptionalTensor& scale_, const OptionalTensor& shift_, int64_t act,
+           at::IntArrayRef pool)
+      : relu(act == kRelu) {
     check_float(input, "input");
-    check_act(act, input);
+    pooled = check_act(act, pool, input);
     check_like(grad_output, "grad_output", input);
     x = as_rows(input, "input");
     grad = as_rows(grad_output, "grad_output");
     channels = Rows(x).channels;
-    TORCH_CHECK_VALUE(mask_.has_value() == (act == kReluMask || act == kReluMaxPool),
-                      "mask must be given for act 1 (bits) and 2 (codes) and not otherwise, got ",
-                      mask_ ? "one" : "none", " with act ", act);
-    TORCH_CHECK_VALUE(act != kReluRecompute || (scale_ && shift_),
-                      "scale and shift must be given for act 3, which computes the mask again");
-    if (act == kReluMaxPool) {
+    TORCH_CHECK_VALUE(!mask_ || relu || pooled, "mask must be given for ReLU or a pool only");
+    TORCH_CHECK_VALUE(mask_ || !pooled, "mask must be given for pool ", pool, ": the codes");
+    TORCH_CHECK_VALUE(mask_ || !relu || (scale_ && shift_),
+                      "mask, or scale and shift, must be given for act ", act, ", got neither");
+    if (pooled) {
       const int64_t batch = x.size(0), oh = x.size(2) / 2, ow = x.size(3) / 2;
       TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({batch, channels, oh, ow}),
                         "grad_output must be [N, C, H / 2, W / 2] for input of size ", x.sizes(),
@@ -203,18 +207,17 @@ struct Backward {
             extent(x, 3),
             Rows(grad).rows,
             channels,
-            act};
+            relu,
+            pooled};
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(const at::Tensor& grad_output,
-                                                        const at::Tensor& input,
-                                                        const at::Tensor& mean,
-                                                        const OptionalTensor& mask,
-                                                        const OptionalTensor& scale,
-                                                        const OptionalTensor& shift, int64_t act) {
+std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+    const OptionalTensor& mask, const OptionalTensor& scale, const OptionalTensor& shift,
+    int64_t act, double /*slope*/, at::IntArrayRef pool) {
   const c10::cuda::CUDAGuard guard(input.device());
-  const Backward backward(grad_output, input, mask, scale, shift, act);
+  const Backward backward(grad_output, input, mask, scale, shift, act, pool);
   const int64_t channels = backward.channels;
   const at::Tensor m = per_channel(mean, "mean", channels, input.device());
   const auto doubles = m.options().dtype(at::kDouble);
@@ -257,12 +260,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_nor
 std::tuple<at::Tensor, at::Tensor> batch_norm_grad_input(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& a,
     const at::Tensor& b, const at::Tensor& c0, const OptionalTensor& mask,
-    const OptionalTensor& scale, const OptionalTensor& shift, int64_t act,
-    bool need_grad_residual) {
-  TORCH_CHECK_VALUE(!need_grad_residual || act == kReluMask,
-                    "need_grad_residual needs act 1 (ReLU with a mask), got act ", act);
+    const OptionalTensor& scale, const OptionalTensor& shift, int64_t act, double /*slope*/,
+    at::IntArrayRef pool, bool need_grad_residual) {
+  TORCH_CHECK_VALUE(!need_grad_residual || (mask && pool.empty()),
+                    "need_grad_residual needs a mask of bits and no pool, got act ", act,
+                    " and pool ", pool);
   const c10::cuda::CUDAGuard guard(input.device());
-  const Backward backward(grad_output, input, mask, scale, shift, act);
+  const Backward backward(grad_output, input, mask, scale, shift, act, pool);
   const int64_t channels = backward.channels;
   const at::Device device = input.device();
   const at::Tensor a_ = per_channel(a, "a", channels, device),

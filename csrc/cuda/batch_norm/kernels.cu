@@ -1,6 +1,5 @@
 #include "cuda/batch_norm/kernels.h"
 
-#include "common/activation.h"
 #include "common/layout.h"
 #include "cuda/elementwise/sums.cuh"
 
@@ -71,13 +70,12 @@ __device__ __forceinline__ Octet<T> gated(const NormGrad<T>& op,
                                           const AffineOctet<T, kVector>& affine, const Octet<T>& x,
                                           int64_t r, int64_t c, int lanes) {
   Octet<T> g = load<kVector>(op.grad + r * op.channels + c, lanes);
-  if (op.act == kNone) return g;
-  const unsigned bits = op.act == kReluMask ? op.mask[r * mask_bytes(op.channels) + c / kOctet] : 0;
+  if (!op.relu) return g;
+  const unsigned bits = op.mask ? op.mask[r * mask_bytes(op.channels) + c / kOctet] : 0;
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {
-    const bool keep = op.act == kReluMask
-                          ? bits >> k & 1
-                          : !(static_cast<float>(static_cast<T>(affine(x.lane[k], k))) <= 0);
+    const bool keep =
+        op.mask ? bits >> k & 1 : !(static_cast<float>(static_cast<T>(affine(x.lane[k], k))) <= 0);
     if (!keep) g.lane[k] = static_cast<T>(0.f);
   }
   return g;
@@ -243,12 +241,12 @@ void norm_grad_sums(const NormGrad<T>& op, const float* mean, double* partial, d
   const Cover c = sum_cover(op.rows, op.channels);
   with_vector(
       [&](auto vector) {
-        auto kernel = op.act == kReluMaxPool ? grad_sums_kernel<T, vector.value, true>
-                                             : grad_sums_kernel<T, vector.value, false>;
+        auto kernel = op.pooled ? grad_sums_kernel<T, vector.value, true>
+                                : grad_sums_kernel<T, vector.value, false>;
         launch(kernel, c.grid, c.block, stream, op, mean, partial);
       },
-      op.channels, op.grad, op.x, op.act == kReluMaxPool ? op.mask : nullptr, op.affine.scale,
-      op.affine.shift, mean);
+      op.channels, op.grad, op.x, op.pooled ? op.mask : nullptr, op.affine.scale, op.affine.shift,
+      mean);
   add_partials<2>(partial, c.grid.y, op.channels, StoreTwo{sum_grad, sum_grad_xmu}, stream);
 }
 
@@ -258,12 +256,12 @@ void norm_grad_input(const NormGrad<T>& op, const float* a, const float* b, cons
   const Cover c = cover(op.rows, op.channels, 1, kMaxBlocks);
   with_vector(
       [&](auto vector) {
-        auto kernel = op.act == kReluMaxPool ? grad_input_kernel<T, vector.value, true>
-                                             : grad_input_kernel<T, vector.value, false>;
+        auto kernel = op.pooled ? grad_input_kernel<T, vector.value, true>
+                                : grad_input_kernel<T, vector.value, false>;
         launch(kernel, c.grid, c.block, stream, op, a, b, c0, grad_input, grad_residual);
       },
-      op.channels, op.grad, op.x, op.act == kReluMaxPool ? op.mask : nullptr, op.affine.scale,
-      op.affine.shift, a, b, c0, grad_input, grad_residual);
+      op.channels, op.grad, op.x, op.pooled ? op.mask : nullptr, op.affine.scale, op.affine.shift,
+      a, b, c0, grad_input, grad_residual);
 }
 
 void norm_scale_shift(const float* mean, const float* var, const float* weight, const float* bias,

@@ -1,6 +1,7 @@
 // Training-mode batch norm over dense rows [rows, channels] of float, c10::Half or c10::BFloat16,
-// none empty, with what follows it (activation.h). What is kept for each channel is float, sums
-// over rows are double at the end. partial: norm_partial_sums(rows, channels) doubles.
+// none empty, with the ReLU and the 2x2 max-pool that may follow it. What is kept for each channel
+// is float, sums over rows are double at the end. partial: norm_partial_sums(rows, channels)
+// doubles.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,11 +21,11 @@ template <class T>
 struct NormGrad {
   const T* grad;  // of the output
   const T* x;
-  const uint8_t* mask;  // or codes, as act says; may be null
-  Affine affine;        // for kReluRecompute
+  const uint8_t* mask;  // bits, or codes if pooled; may be null
+  Affine affine;        // where ReLU passes, without a mask
   int64_t height, width;
   int64_t rows, channels;  // of grad
-  int act;
+  bool relu, pooled;
 };
 
 // With g the gradient that passes the activation: the sums of g and of g * (x - mean).

@@ -10,8 +10,10 @@
 namespace wus::cuda {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> relu_max_pool(const at::Tensor& input, bool relu) {
+std::tuple<at::Tensor, at::Tensor> relu_max_pool(const at::Tensor& input, bool relu,
+                                                 at::IntArrayRef pool) {
   check_float(input, "input");
+  check_pool(pool);
   check_poolable(input);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor x = as_rows(input, "input");
@@ -33,8 +35,9 @@ std::tuple<at::Tensor, at::Tensor> relu_max_pool(const at::Tensor& input, bool r
 std::tuple<at::Tensor, at::Tensor> max_pool_bias_grad(const at::Tensor& grad_output,
                                                       const at::Tensor& code,
                                                       at::IntArrayRef input_size,
-                                                      bool need_grad_input) {
+                                                      bool need_grad_input, at::IntArrayRef pool) {
   check_float(grad_output, "grad_output");
+  check_pool(pool);
   check_pooled(grad_output, input_size);
   const int64_t batch = grad_output.size(0), channels = grad_output.size(1);
   const int64_t height = input_size[0], width = input_size[1];

@@ -9,12 +9,12 @@ their gradients may be float32 all the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..activation import Act, activate, masked
 from ..support import Unchanged, dense
 from .geometry import Geometry
 
@@ -22,19 +22,47 @@ ops = torch.ops.wus
 aten = torch.ops.aten
 
 
-class Act(IntEnum):
-    """What follows a convolution, and what of it is saved for backward."""
-
-    NONE = 0  # nothing
-    RELU = 1  # ReLU; one bit an element
-    RELU_POOL = 2  # ReLU and 2x2 max-pool; one byte an output
-
-
 class Trained(NamedTuple):
     """What the gradient of a weight is made from, besides the output's gradient."""
 
     input: Tensor
     weight: Tensor
+
+
+class NormGrad(NamedTuple):
+    """The backward of a normalisation of z: a * g + b * z + c for each channel.
+
+    ``scale`` and ``shift`` are the forward's, where backward is to compute an activation's input
+    from z.
+    """
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """All that is given, [3 or 5, channels]."""
+        return torch.stack([row for row in self if row is not None])
+
+    def backward(
+        self, grad: Tensor, z: Tensor, mask: Tensor | None, act: Act, need_residual: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of z and of what was added before ``act``."""
+        return ops.batch_norm_grad_input(
+            grad,
+            z,
+            self.a,
+            self.b,
+            self.c,
+            mask,
+            self.scale,
+            self.shift,
+            *act.arguments,
+            need_grad_residual=need_residual,
+        )
 
 
 class Algorithm(ABC):
@@ -47,7 +75,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
-        """act(conv(input) + bias), and the mask or codes that backward needs."""
+        """act(conv(input) + bias), and what backward needs: bits, codes or act's input."""
 
     @abstractmethod
     def backward(
@@ -78,7 +106,7 @@ class Algorithm(ABC):
         self,
         grad: Tensor,
         z: Tensor,
-        coefficients: tuple,
+        norm: NormGrad,
         mask: Tensor | None,
         act: Act,
         need_input: bool,
@@ -93,24 +121,19 @@ class Algorithm(ABC):
     def forward_add(
         self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
     ) -> tuple[Tensor, Tensor | None]:
-        """act(conv(input) + bias + residual); the activation is none or ReLU."""
+        """act(conv(input) + bias + residual); the activation is none or one that saves bits."""
         output, _ = self.forward(input, bias, Act.NONE)
-        if act == Act.RELU:
-            return ops.add_relu_mask(output, residual)
-        output += residual
-        return output, None
+        if act == Act.NONE:
+            output += residual
+            return output, None
+        return ops.activate(output, residual, *act.function)
 
 
 class Unfused(Algorithm):
     """A convolution and element-wise kernels that save masks; subclasses give the convolution."""
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
-        output = self._convolve(input, bias)
-        if act == Act.RELU:
-            return ops.relu_mask_(output)
-        if act == Act.RELU_POOL:
-            return ops.relu_max_pool(output)
-        return output, None
+        return activate(self._convolve(input, bias), act)
 
     def backward(
         self,
@@ -135,21 +158,20 @@ class Unfused(Algorithm):
         self,
         grad: Tensor,
         z: Tensor,
-        coefficients: tuple,
+        norm: NormGrad,
         mask: Tensor | None,
         act: Act,
         need_input: bool,
         need_residual: bool,
         trained: Trained | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        relu = act == Act.RELU
         if not need_input and trained is None:
-            return None, ops.apply_mask(grad, mask) if relu else grad, None
-        grad_z, grad_residual = ops.batch_norm_grad_input(
-            grad, z, *coefficients, mask, act=int(act), need_grad_residual=relu and need_residual
-        )
+            size = self.geometry.output_size
+            return None, masked(grad, mask, act, size, True, False)[0], None
+        apart = need_residual and act != Act.NONE
+        grad_z, grad_residual = norm.backward(grad, z, mask, act, apart)
         grad_input, grad_weight = self._gradients(grad_z, need_input, trained)
-        return grad_input, grad_residual if relu else grad, grad_weight
+        return grad_input, grad_residual if apart else grad, grad_weight
 
     def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
         g, (input, weight) = self.geometry, trained
@@ -235,7 +257,7 @@ class OnGpu(Direct):
     def _shift(
         output: Tensor, bias: Tensor, residual: Tensor | None, act: Act
     ) -> tuple[Tensor, Tensor | None]:
-        output, mask = ops.batch_norm_apply(output, None, bias.float(), residual, int(act))
+        output, mask = ops.batch_norm_apply(output, None, bias.float(), residual, *act.arguments)
         return output, (None if act == Act.NONE else mask)
 
 
@@ -265,37 +287,17 @@ class Given(Unfused):
         self.geometry = Geometry(channels, channels, (1, 1), (1, 1), (0, 0), (1, 1), 1, size, size)
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
-        if act == Act.RELU:
-            return ops.relu_mask(input)
-        return ops.relu_max_pool(input)
+        return activate(input, act, in_place=False)
 
     def forward_add(
         self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
     ) -> tuple[Tensor, Tensor | None]:
-        if act == Act.RELU:
-            return ops.add_relu_mask(input, residual)
-        return input + residual, None
+        if act == Act.NONE:
+            return input + residual, None
+        return ops.activate(input, residual, *act.function)
 
     def dgrad(self, grad: Tensor) -> Tensor:
         return grad
 
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
         return input
-
-
-def masked(
-    grad: Tensor,
-    mask: Tensor | None,
-    act: Act,
-    output_size: tuple[int, int],
-    need_grad: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient in front of an activation, and its sum over all but the channels."""
-    if not (need_grad or need_bias):
-        return None, None
-    if act == Act.RELU_POOL:
-        return ops.max_pool_bias_grad(grad, mask, output_size, need_grad)
-    if act == Act.NONE:
-        return grad, (ops.mask_bias_grad(grad, None, False)[1] if need_bias else None)
-    return ops.mask_bias_grad(grad, mask, need_grad)

@@ -13,7 +13,9 @@ from ..options import SkipOptions
 from ..packed_weights import PackedWeights
 from ..support import on_gpu
 from .algorithm import Algorithm, Direct, OnGpu, Strided
-from .geometry import Geometry, schemes, suits_strided
+from .depthwise import Depthwise
+from .geometry import Geometry, schemes, suits_depthwise, suits_pointwise, suits_strided
+from .pointwise import Pointwise
 from .winograd import Winograd
 
 __all__ = ["Weight", "choose", "packed_nbytes"]
@@ -65,11 +67,16 @@ def choose(
         copies := _packed(packed, "strided", weight, ops.strided_pack, backward)
     ):
         return Strided(geometry, *copies)
+    if suits_pointwise(geometry, options.algo):
+        pack, again = ops.pointwise_pack, ops.pointwise_pack_
+        if copies := _packed(packed, "pointwise", weight, pack, backward, again):
+            return Pointwise(geometry, *copies)
+    kind = Depthwise if suits_depthwise(geometry, options.algo) else Direct
     if weight.folded is None:
-        return Direct(geometry, weight.own)
+        return kind(geometry, weight.own)
     if packed.fits(weight.layer, ["folded"], lambda: weight.own.nbytes):
-        return Direct(geometry, packed.get(weight.layer, "folded", weight.sources, weight))
-    return Direct(geometry, weight())
+        return kind(geometry, packed.get(weight.layer, "folded", weight.sources, weight))
+    return kind(geometry, weight())
 
 
 def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 from torch import nn
 
-__all__ = ["Geometry", "Scheme", "schemes", "suits_strided"]
+__all__ = ["Geometry", "Scheme", "schemes", "suits_depthwise", "suits_pointwise", "suits_strided"]
 
 
 class Scheme(IntEnum):
@@ -75,6 +75,32 @@ def suits_strided(geometry: Geometry, algo: str) -> bool:
         and g.padding == (1, 1)
         and g.dilation == (1, 1)
         and min(g.output_size) >= 3
+    )
+
+
+def suits_pointwise(geometry: Geometry, algo: str) -> bool:
+    """Whether a layer's convolution is one that wus::pointwise_forward does."""
+    g = geometry
+    return (
+        algo != "direct"
+        and g.groups == 1
+        and g.kernel_size == (1, 1)
+        and g.stride == (1, 1)
+        and g.padding == (0, 0)
+        and min(g.in_channels, g.out_channels) >= 8
+    )
+
+
+def suits_depthwise(geometry: Geometry, algo: str) -> bool:
+    """Whether a layer's convolution is one that wus::depthwise_forward does."""
+    g = geometry
+    return (
+        algo != "direct"
+        and 1 < g.groups == g.in_channels == g.out_channels
+        and g.kernel_size in ((3, 3), (5, 5))
+        and g.stride in ((1, 1), (2, 2))
+        and g.dilation == (1, 1)
+        and max(g.padding) < g.kernel_size[0]
     )
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algorithm import Act, Algorithm, Trained, masked
+from ..activation import Act, Kind, activate, masked
+from .algorithm import Algorithm, NormGrad, Trained
 from .geometry import Geometry, Scheme
 
 ops = torch.ops.wus
 
 # What wus::winograd_forward does behind the convolution, and wus::winograd_dgrad in front of it.
+# Other activations are passes of their own.
 EPILOGUES = {Act.NONE: 0, Act.RELU: 1, Act.RELU_POOL: 2}
 STATISTICS = 3
 PLAIN = 0
-PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act.RELU_POOL: 3}
-NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act.RELU_POOL: 7}
+PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act(Kind.RELU6): 2, Act.RELU_POOL: 3}
+NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act(Kind.RELU6): 5, Act.RELU_POOL: 7}
 
 
 class Winograd(Algorithm):
@@ -41,6 +43,8 @@ class Winograd(Algorithm):
         self.rotated = rotated
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
+        if act not in EPILOGUES:
+            return activate(self._convolve(input, bias, PLAIN)[0], act)
         output, mask = self._convolve(input, bias, EPILOGUES[act])
         return output, (None if act == Act.NONE else mask)
 
@@ -54,10 +58,20 @@ class Winograd(Algorithm):
         trained: Trained | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_weight = None
+        if act not in PROLOGUES:
+            size, need_grad = self.geometry.output_size, need_input or trained is not None
+            grad, grad_bias = masked(grad, mask, act, size, need_grad, need_bias)
+            return (
+                self.dgrad(grad) if need_input else None,
+                grad_bias,
+                None if trained is None else self.wgrad(grad, trained),
+            )
+        if act.kind.bits and act.pool is None:
+            mask = mask.view(grad.size(0), *self.geometry.output_size, -1)
         if trained is not None:
             grad_weight = self._weigh(grad, trained, mask, PROLOGUES[act])
         if not need_input:
-            if act == Act.RELU:
+            if act.kind.bits and act.pool is None:
                 mask = mask.flatten(0, 2)
             _, grad_bias = masked(grad, mask, act, self.geometry.output_size, False, need_bias)
             return None, grad_bias, grad_weight
@@ -79,7 +93,7 @@ class Winograd(Algorithm):
         self,
         grad: Tensor,
         z: Tensor,
-        coefficients: tuple,
+        norm: NormGrad,
         mask: Tensor | None,
         act: Act,
         need_input: bool,
@@ -88,12 +102,19 @@ class Winograd(Algorithm):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_residual = None
         if need_residual:
-            if act == Act.RELU:
-                grad, mask, act = ops.apply_mask(grad, mask), None, Act.NONE
-            grad_residual = grad
-        elif act == Act.RELU:
+            size = self.geometry.output_size
+            grad, _ = masked(grad, mask, act, size, True, False)
+            grad_residual, mask, act = grad, None, Act.NONE
+        elif act not in NORM_PROLOGUES:
+            grad_z = norm.backward(grad, z, mask, act)[0]
+            return (
+                self.dgrad(grad_z) if need_input else None,
+                None,
+                None if trained is None else self.wgrad(grad_z, trained),
+            )
+        elif act.kind.bits and act.pool is None:
             mask = mask.view(z.size(0), *self.geometry.output_size, -1)
-        rest = mask, NORM_PROLOGUES[act], z, torch.stack(coefficients)
+        rest = mask, NORM_PROLOGUES[act], z, norm.rows[:3]
         return (
             self._deconvolve(grad, *rest)[0] if need_input else None,
             grad_residual,

@@ -52,7 +52,7 @@ def dgrad_relu(
 
     def sum_apart() -> tuple[Tensor, ...]:
         grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False, tf32)
-        return grad_input, sums.mask_bias_grad(grad_input, None, False)[1]
+        return grad_input, sums.activate_grad(grad_input, act=0)[1]
 
     def exists(sum: bool) -> bool:
         return ops.conv_dgrad_relu_exists(grad, weight, *numbers, sum, tf32)

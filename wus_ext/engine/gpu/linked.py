@@ -46,7 +46,7 @@ class Held:
 
     def settled(self) -> Tensor:
         """The output as any tensor: what was left to do follows as a pass of its own."""
-        mask = ops.relu_mask(self.output)[1] if self.opaque else self.mask
+        mask = ops.activate(self.output)[1] if self.opaque else self.mask
         return _Settled.apply(self.output, mask, self.bias)
 
 
@@ -170,7 +170,7 @@ def suits_cublaslt(input: Tensor, features: int, features_above: int) -> bool:
 def _two_passes(
     layer: Unfused | Products, grad: Tensor, mask: Tensor, need_input: bool
 ) -> tuple[Tensor | None, Tensor]:
-    grad, grad_bias = ops.mask_bias_grad(layer.dgrad(grad), mask, need_input)
+    grad, grad_bias = ops.activate_grad(layer.dgrad(grad), mask, need_grad_input=need_input)
     return (grad if need_input else None), grad_bias
 
 
@@ -246,5 +246,5 @@ class _Settled(torch.autograd.Function):
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_output, _, need_bias = ctx.needs_input_grad
-        grad_output, grad_bias = ops.mask_bias_grad(grad, mask, need_output)
+        grad_output, grad_bias = ops.activate_grad(grad, mask, need_grad_input=need_output)
         return grad_output if need_output else None, None, grad_bias if need_bias else None

@@ -1,0 +1,64 @@
+// The gradient that passes an activation and a normalisation, as operators are handed it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "cpu/activation/kernels.h"
+
+namespace wus::cpu {
+
+void check_act(int64_t act);
+
+// A dense vector with one element a channel, or undefined.
+at::Tensor per_channel(const at::Tensor& t, const char* name, int64_t channels,
+                       at::ScalarType type = at::kFloat);
+at::Tensor per_channel(const std::optional<at::Tensor>& t, const char* name, int64_t channels);
+
+inline const float* data(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<float>() : nullptr;
+}
+
+// Checked and dense; `op` points into the tensors that it holds.
+class PassedGradient {
+ public:
+  // mask: bits. x, named `x_name` in errors: input of the normalisation if there are scale and
+  // shift, else of the activation; needed without a mask.
+  PassedGradient(const at::Tensor& grad_output, const std::optional<at::Tensor>& mask,
+                 const std::optional<at::Tensor>& x, const char* x_name, const at::Tensor& scale,
+                 const at::Tensor& shift, int64_t act, double slope);
+  // norm: rows [3, channels] = a, b, c of the normalisation of z, through which the gradient goes
+  // on, or [5, channels] with scale and shift.
+  PassedGradient(const at::Tensor& grad_output, const std::optional<at::Tensor>& mask,
+                 const std::optional<at::Tensor>& z, const std::optional<at::Tensor>& norm,
+                 int64_t act, double slope);
+
+  const NormCoefficients* norm() const { return rows_.defined() ? &coefficients_ : nullptr; }
+  // What passes the activation, summed over rows: float32 [channels].
+  at::Tensor sum() const;
+
+  at::Tensor grad;
+  int64_t rows;
+  ActivationGrad op{};
+
+ private:
+  at::Tensor mask_, x_, scale_, shift_, rows_;
+  NormCoefficients coefficients_{};
+};
+
+// The input of a convolution, and what stands in front of it: a normalisation's scale and shift
+// [2, channels] and an activation, applied as the input is read. Checked and dense.
+class FrontedInput {
+ public:
+  FrontedInput(const at::Tensor& input, const std::optional<at::Tensor>& norm, int64_t act,
+               double slope);
+
+  at::Tensor x;
+  Activated op{};
+
+ private:
+  at::Tensor norm_;
+};
+
+}  // namespace wus::cpu

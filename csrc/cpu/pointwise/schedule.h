@@ -1,0 +1,51 @@
+// 1x1 convolution with unit stride: products of rows of pixels and a weight packed beforehand, in
+// through what stands in front and out through what follows, block by block in a cache. What is
+// summed over rows is summed within ranges that depend on the shape alone, and these are added in
+// order.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/activation/kernels.h"
+
+namespace wus::cpu {
+
+// Floats of a packed weight, [panels][inputs][panel].
+int64_t pointwise_packed_size(int64_t inputs, int64_t outputs);
+// weight [outputs][inputs] with strides in floats.
+void pack_pointwise(const float* weight, int64_t output_stride, int64_t input_stride,
+                    int64_t inputs, int64_t outputs, float* packed);
+
+struct PointwiseForward {
+  int64_t rows, inputs, outputs;
+  Activated input;      // x, and what is applied to it
+  const float* packed;  // of inputs and outputs
+  const float* bias;    // or null
+  float* output;
+  // What follows: nothing or an activation, whose input is kept unless kept is null, and whose bits
+  // unless mask is null.
+  int act;
+  float slope;
+  float* kept;
+  uint8_t* mask;
+};
+
+// Returns the sums of the outputs and of their squares, float64 [2 * outputs], if wanted, else [0].
+at::Tensor run_pointwise(const PointwiseForward& work, bool want_sums);
+
+struct PointwiseBackward {
+  int64_t rows, inputs, outputs;  // of the forward pass
+  ActivationGrad grad;
+  const NormCoefficients* norm;  // or null
+  const float* packed;           // the transposed weight's, for grad_input
+  float* grad_input;             // or null
+  Activated input;               // for the weight's gradient, and for the sums below
+  float* grad_weight;            // [outputs][inputs], or null
+  const float* input_mean;       // or null: no sums
+};
+
+// Returns, if input_mean is given, with g the gradient that passes what stands in front of the
+// input x: the sums of g and of g * (x - mean), float64 [2 * inputs]; else [0].
+at::Tensor run_pointwise_backward(const PointwiseBackward& work);
+
+}  // namespace wus::cpu
