@@ -157,11 +157,11 @@ TORCH_LIBRARY(wus, m) {
       "depthwise_forward_stats(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
       "SymInt[2] padding, Tensor? input_norm=None, int input_act=0, float input_slope=0) -> "
       "(Tensor output, Tensor mean, Tensor var)");
-  // grad_weight where input is given and it is wanted. mask: bits; z: the act's input, or with batch_norm [3, C] =
-  // a, b, c the norm's, through which the gradient goes on as a * g + b * z + c; without a mask an
-  // act needs [5, C] = a, b, c, scale, shift. With input_mean [C], input_sums are what
-  // batch_norm_grad_sums would give for grad_input and the norm in front, float64 [2 * C]. What is
-  // not wanted is [0].
+  // grad_weight where input is given and it is wanted. mask: bits; z: the act's input, or with
+  // batch_norm [3, C] = a, b, c the norm's, through which the gradient goes on as a * g + b * z +
+  // c; without a mask an act needs [5, C] = a, b, c, scale, shift. With input_mean [C], input_sums
+  // are what batch_norm_grad_sums would give for grad_input and the norm in front, float64 [2 * C].
+  // What is not wanted is [0].
   m.def(
       "depthwise_backward(Tensor grad_output, Tensor weight, Tensor? input, SymInt[2] input_size, "
       "SymInt[2] stride, SymInt[2] padding, Tensor? mask=None, Tensor? z=None, "
