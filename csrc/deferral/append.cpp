@@ -1,10 +1,12 @@
 #include "deferral/append.h"
 
+#include <ATen/native/Pool.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <utility>
 
+#include "common/activation.h"
 #include "deferral/deferred.h"
 #include "deferral/session.h"
 
@@ -46,6 +48,10 @@ at::MemoryFormat format_of(const at::Tensor& tensor) {
 }
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+bool on_cpu(const Chain& chain) {
+  return chain.call().weight.unchecked().device().type() == at::kCPU;
+}
 
 Read read(const std::optional<at::Tensor>& tensor) { return Read(tensor.value_or(at::Tensor())); }
 
@@ -102,7 +108,7 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
 std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArguments& norm) {
   const auto chain = open_chain(input);
   if (chain == nullptr || !chain->has(Kind::CONV)) return std::nullopt;
-  for (const Kind kind : {Kind::NORM, Kind::ADD, Kind::RELU, Kind::POOL}) {
+  for (const Kind kind : {Kind::NORM, Kind::ADD, Kind::ACT, Kind::POOL}) {
     if (chain->has(kind)) return std::nullopt;
   }
   const auto& sizes = chain->sizes();
@@ -134,8 +140,8 @@ std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArgumen
   auto step = std::make_shared<Norm>(
       Norm{read(norm.weight), read(norm.bias), read(norm.running_mean), read(norm.running_var),
            read(norm.batches), norm.constant, norm.batch, norm.momentum, norm.eps});
-  return with(input, chain, Step{Kind::NORM, {}, 0, std::move(step)}, sizes, chain->format(),
-              false);
+  return with(input, chain, Step{.kind = Kind::NORM, .norm = std::move(step)}, sizes,
+              chain->format(), false);
 }
 
 std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& other,
@@ -144,7 +150,7 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
   const auto takes = [](const at::Tensor& tensor) {
     auto chain = open_chain(tensor);
     const bool fits = chain != nullptr && chain->has(Kind::CONV) && !chain->has(Kind::ADD) &&
-                      !chain->has(Kind::RELU);
+                      !chain->has(Kind::ACT) && !chain->has(Kind::POOL);
     return fits ? chain : nullptr;
   };
   const bool first = in_place || takes(self) != nullptr;
@@ -169,29 +175,43 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
               first ? chain->format() : other_format, in_place);
 }
 
-std::optional<at::Tensor> append_relu(const at::Tensor& self, bool in_place) {
+std::optional<at::Tensor> append_activation(const at::Tensor& self, const Act& act, bool in_place) {
   const auto chain = open_chain(self);
-  if (chain == nullptr || chain->has(Kind::RELU) || (in_place && chain->has_live_children()))
+  if (chain == nullptr || chain->has(Kind::ACT) || (in_place && chain->has_live_children()))
     return std::nullopt;
-  return with(self, chain, Step{Kind::RELU}, chain->sizes(), chain->format(), in_place);
+  // ReLU and max-pooling may come in either order.
+  if (act.kind != kRelu && (chain->has(Kind::POOL) || !on_cpu(*chain))) return std::nullopt;
+  // A smooth one's input is computed again from the norm's, or saved.
+  if (!has_bits(act.kind) && chain->has(Kind::ADD)) return std::nullopt;
+  return with(self, chain, Step{.kind = Kind::ACT, .act = act}, chain->sizes(), chain->format(),
+              in_place);
 }
 
-std::optional<at::Tensor> append_pool(const at::Tensor& self) {
+std::optional<at::Tensor> append_pool(const at::Tensor& self, const Pool& pool) {
   const auto chain = open_chain(self);
-  if (chain == nullptr || !chain->has(Kind::CONV) || !chain->has(Kind::RELU) ||
-      chain->has(Kind::ADD) || chain->has(Kind::POOL))
+  if (chain == nullptr || !chain->has(Kind::CONV) || chain->has(Kind::ADD) ||
+      chain->has(Kind::POOL) || (chain->act().kind != kNone && chain->act().kind != kRelu))
+    return std::nullopt;
+  constexpr int64_t kMostKernel = 15;
+  const bool plain = pool.kernel == 2 && pool.stride == 2 && pool.padding == 0 && !pool.ceil;
+  if (on_cpu(*chain) ? pool.kernel < 2 || pool.kernel > kMostKernel || pool.stride < 1 ||
+                           pool.padding < 0 || pool.padding > pool.kernel / 2
+                     : !plain || chain->act().kind != kRelu)
     return std::nullopt;
   auto sizes = chain->sizes();
-  if (std::min(sizes[2], sizes[3]) < 2) return std::nullopt;
-  sizes[2] /= 2;
-  sizes[3] /= 2;
-  return with(self, chain, Step{Kind::POOL}, std::move(sizes), chain->format(), false);
+  for (const int dim : {2, 3}) {
+    sizes[dim] = at::native::pooling_output_shape<int64_t>(sizes[dim], pool.kernel, pool.padding,
+                                                           pool.stride, /*dilation=*/1, pool.ceil);
+    if (sizes[dim] < 1) return std::nullopt;
+  }
+  return with(self, chain, Step{.kind = Kind::POOL, .pool = pool}, std::move(sizes),
+              chain->format(), false);
 }
 
 std::optional<at::Tensor> append_dropout(const at::Tensor& input, double p) {
   const auto chain = open_chain(input);
-  if (chain == nullptr || !chain->has(Kind::LINEAR) || !chain->has(Kind::RELU) ||
-      chain->has(Kind::DROPOUT) || chain->call().weight.unchecked().device().type() != at::kCPU)
+  if (chain == nullptr || !chain->has(Kind::LINEAR) || chain->act().kind != kRelu ||
+      chain->has(Kind::DROPOUT) || !on_cpu(*chain))
     return std::nullopt;
   // Drawn now, in stock's order; the chain applies them when it runs.
   c10::impl::ExcludeDispatchKeyGuard through(kKey);

@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "deferral/chain.h"
+
 namespace wus::deferral {
 
 struct NormArguments {
@@ -23,9 +25,8 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
 std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArguments& norm);
 std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& other,
                                      const at::Scalar& alpha, bool in_place);
-std::optional<at::Tensor> append_relu(const at::Tensor& self, bool in_place);
-// Max-pooling over 2x2 pixels.
-std::optional<at::Tensor> append_pool(const at::Tensor& self);
+std::optional<at::Tensor> append_activation(const at::Tensor& self, const Act& act, bool in_place);
+std::optional<at::Tensor> append_pool(const at::Tensor& self, const Pool& pool);
 // Dropout in training; draws its random numbers.
 std::optional<at::Tensor> append_dropout(const at::Tensor& input, double p);
 

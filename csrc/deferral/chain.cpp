@@ -1,12 +1,5 @@
 #include "deferral/chain.h"
 
-#include <ATen/Context.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/batch_norm.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/max_pool2d.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/relu.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -16,6 +9,7 @@
 
 #include "deferral/deferred.h"
 #include "deferral/session.h"
+#include "deferral/stock.h"
 
 namespace wus::deferral {
 namespace py = pybind11;
@@ -112,6 +106,7 @@ std::shared_ptr<Chain> Chain::extended(Step step, std::vector<int64_t> sizes,
   auto next =
       std::make_shared<Chain>(call_, step.kind, std::move(sizes), format, requires_grad, depth);
   next->kinds_ |= kinds_;
+  next->act_ = step.kind == Kind::ACT ? step.act : act_;
   next->step_ = std::move(step);
   next->parent_ = shared_from_this();
   children_.push_back(next);
@@ -179,30 +174,6 @@ void Chain::run_children() {
 
 namespace {
 
-at::Tensor applied(const at::Tensor& input, const Step& step) {
-  switch (step.kind) {
-    case Kind::NORM: {
-      const Norm& norm = *step.norm;
-      norm.done = true;
-      const at::Tensor& weight = norm.weight.get("norm's weight");
-      return at::batch_norm(input, norm.constant && weight.defined() ? weight.detach() : weight,
-                            norm.bias.get("norm's bias"), norm.running_mean.unchecked(),
-                            norm.running_var.unchecked(), norm.batch, norm.momentum, norm.eps,
-                            at::globalContext().userEnabledCuDNN());
-    }
-    case Kind::ADD:
-      return at::add(input, step.tensor.get("other summand"));
-    case Kind::RELU:
-      return at::relu(input);
-    case Kind::POOL:
-      return at::max_pool2d(input, {2, 2});
-    case Kind::DROPOUT:
-      return at::mul(input, at::div(step.tensor.get("noise"), 1 - step.p));
-    default:
-      TORCH_INTERNAL_ASSERT(false, "a layer begins a chain");
-  }
-}
-
 py::object optional(const Read& read, const char* what) {
   return read.defined() ? py::cast(read.get(what)) : py::none();
 }
@@ -210,7 +181,7 @@ py::object optional(const Read& read, const char* what) {
 }  // namespace
 
 Chain::Arguments Chain::arguments(const std::vector<const Chain*>& steps) {
-  Arguments all{py::none(), py::none(), py::none(), false, false, 0};
+  Arguments all{py::none(), py::none(), py::none(), py::none(), {}, 0};
   for (const Chain* chain : steps) {
     const Step& step = chain->step_;
     if (step.kind == Kind::NORM) {
@@ -226,8 +197,11 @@ Chain::Arguments Chain::arguments(const std::vector<const Chain*>& steps) {
       all.noise = optional(step.tensor, "noise");
       all.p = step.p;
     }
-    all.relu |= step.kind == Kind::RELU;
-    all.pool |= step.kind == Kind::POOL;
+    if (step.kind == Kind::ACT) all.act = step.act;
+    if (step.kind == Kind::POOL) {
+      const Pool& pool = step.pool;
+      all.pool = py::make_tuple(pool.kernel, pool.stride, pool.padding, pool.ceil);
+    }
   }
   return all;
 }
@@ -239,15 +213,16 @@ py::object Chain::fused(const std::vector<const Chain*>& steps, const py::object
   return session_->engine().attr("run")(
       call.layer, call.plan, call.input.get("input"), call.below ? call.below : py::none(),
       call.weight.get("weight"), optional(call.bias, "bias"), call.weight_trains, all.norm,
-      all.residual, all.relu, all.pool, all.noise, all.p, above ? above : py::none());
+      all.residual, all.act.kind, all.act.slope, all.pool, all.noise, all.p,
+      above ? above : py::none());
 }
 
 at::Tensor Chain::resumed(const std::vector<const Chain*>& steps, at::Tensor value) const {
   const Arguments all = arguments(steps);
-  const py::object output =
-      session_->engine().attr("resume")(value, all.norm, all.residual, all.relu, all.pool);
+  const py::object output = session_->engine().attr("resume")(
+      value, all.norm, all.residual, all.act.kind, all.act.slope, all.pool);
   if (!output.is_none()) return output.cast<at::Tensor>();
-  for (const Chain* chain : steps) value = applied(value, chain->step_);
+  for (const Chain* chain : steps) value = stock(value, chain->step_);
   return value;
 }
 

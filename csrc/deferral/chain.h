@@ -38,7 +38,19 @@ class Read {
   std::optional<uint32_t> version_;
 };
 
-enum class Kind : uint8_t { CONV, LINEAR, NORM, ADD, RELU, POOL, DROPOUT };
+enum class Kind : uint8_t { CONV, LINEAR, NORM, ADD, ACT, POOL, DROPOUT };
+
+// An activation, as common/activation.h numbers them.
+struct Act {
+  int kind = 0;
+  double slope = 0;
+};
+
+// A square max-pool.
+struct Pool {
+  int64_t kernel, stride, padding;
+  bool ceil;
+};
 
 // Batch norm as F.batch_norm was handed it. `batches`, if known, tells that the running statistics
 // have changed, which their version counters do not.
@@ -57,6 +69,8 @@ struct Step {
   Kind kind;
   Read tensor = {};                       // ADD: the other summand; DROPOUT: the noise
   double p = 0;                           // DROPOUT
+  Act act = {};                           // ACT
+  Pool pool = {};                         // POOL
   std::shared_ptr<const Norm> norm = {};  // NORM
 };
 
@@ -94,6 +108,8 @@ class Chain : public std::enable_shared_from_this<Chain> {
   void connect(const NodePtr& anchor);
 
   bool has(Kind kind) const { return kinds_ >> static_cast<int>(kind) & 1; }
+  // Of the chain; the kind is 0 without an activation.
+  const Act& act() const { return act_; }
   bool has_run() const { return value_.defined() || held_; }
   bool has_live_children() const;
   // Whether anybody but `child` may still ask for this chain's value.
@@ -128,8 +144,8 @@ class Chain : public std::enable_shared_from_this<Chain> {
  private:
   // What steps were called with, as the engine takes it.
   struct Arguments {
-    pybind11::object norm, residual, noise;
-    bool relu, pool;
+    pybind11::object norm, residual, noise, pool;
+    Act act;
     double p;
   };
   static Arguments arguments(const std::vector<const Chain*>& steps);
@@ -146,6 +162,7 @@ class Chain : public std::enable_shared_from_this<Chain> {
   std::vector<std::weak_ptr<Chain>> children_;
   Step step_;
   uint8_t kinds_;
+  Act act_;
   std::vector<int64_t> sizes_;
   at::MemoryFormat format_;
   bool requires_grad_;

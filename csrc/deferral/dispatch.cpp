@@ -5,15 +5,25 @@
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/hardsigmoid.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/relu6.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <utility>
 
+#include "common/activation.h"
 #include "deferral/append.h"
 #include "deferral/deferred.h"
 #include "deferral/session.h"
@@ -33,18 +43,77 @@ void before_use(const at::Tensor& tensor, bool written) {
 // Around the operator itself, behind which nothing is deferred.
 using Through = c10::impl::ExcludeDispatchKeyGuard;
 
-at::Tensor relu(const at::Tensor& self) {
-  if (auto output = append_relu(self, false)) return *output;
+// An activation that a chain takes in, else the operator itself.
+template <class Stock>
+at::Tensor activate(const at::Tensor& self, Act act, const Stock& stock) {
+  if (act.kind != kNone) {
+    if (auto output = append_activation(self, act, false)) return *output;
+  }
   before_use(self, false);
   Through through(kKey);
-  return at::relu(self);
+  return stock(self);
 }
 
-at::Tensor& relu_(at::Tensor& self) {
-  if (append_relu(self, true)) return self;
+template <class Stock>
+at::Tensor& activate_(at::Tensor& self, Act act, const Stock& stock) {
+  if (act.kind != kNone && append_activation(self, act, true)) return self;
   before_use(self, true);
   Through through(kKey);
-  return at::relu_(self);
+  return stock(self);
+}
+
+// An activation without parameters.
+template <int kKind, auto kStock>
+at::Tensor plain(const at::Tensor& self) {
+  return activate(self, {kKind}, kStock);
+}
+
+template <int kKind, auto kStock>
+at::Tensor& plain_(at::Tensor& self) {
+  return activate_(self, {kKind}, kStock);
+}
+
+Act hardtanh_act(const at::Scalar& min, const at::Scalar& max) {
+  return {min.toDouble() == 0 && max.toDouble() == 6 ? kRelu6 : kNone};
+}
+
+at::Tensor hardtanh(const at::Tensor& self, const at::Scalar& min, const at::Scalar& max) {
+  return activate(self, hardtanh_act(min, max),
+                  [&](const at::Tensor& x) { return at::hardtanh(x, min, max); });
+}
+
+at::Tensor& hardtanh_(at::Tensor& self, const at::Scalar& min, const at::Scalar& max) {
+  return activate_(self, hardtanh_act(min, max),
+                   [&](at::Tensor& x) -> at::Tensor& { return at::hardtanh_(x, min, max); });
+}
+
+// Of a negative slope the output does not tell the input's sign.
+Act leaky_relu_act(const at::Scalar& slope) {
+  return {slope.toDouble() > 0 ? kLeakyRelu : kNone, slope.toDouble()};
+}
+
+at::Tensor leaky_relu(const at::Tensor& self, const at::Scalar& slope) {
+  return activate(self, leaky_relu_act(slope),
+                  [&](const at::Tensor& x) { return at::leaky_relu(x, slope); });
+}
+
+at::Tensor& leaky_relu_(at::Tensor& self, const at::Scalar& slope) {
+  return activate_(self, leaky_relu_act(slope),
+                   [&](at::Tensor& x) -> at::Tensor& { return at::leaky_relu_(x, slope); });
+}
+
+Act gelu_act(std::string_view approximate) {
+  return {approximate == "none" ? kGelu : approximate == "tanh" ? kGeluTanh : kNone};
+}
+
+at::Tensor gelu(const at::Tensor& self, std::string_view approximate) {
+  return activate(self, gelu_act(approximate),
+                  [&](const at::Tensor& x) { return at::gelu(x, approximate); });
+}
+
+at::Tensor& gelu_(at::Tensor& self, std::string_view approximate) {
+  return activate_(self, gelu_act(approximate),
+                   [&](at::Tensor& x) -> at::Tensor& { return at::gelu_(x, approximate); });
 }
 
 at::Tensor add(const at::Tensor& self, const at::Tensor& other, const at::Scalar& alpha) {
@@ -65,11 +134,16 @@ at::Tensor& add_(at::Tensor& self, const at::Tensor& other, const at::Scalar& al
 
 at::Tensor max_pool2d(const at::Tensor& self, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                       at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
-  const auto all = [](at::IntArrayRef values, int64_t number) {
-    return std::all_of(values.begin(), values.end(), [=](int64_t v) { return v == number; });
+  // What stands for both dimensions, if one does.
+  const auto square = [](at::IntArrayRef values) {
+    return values.size() == 1 || (values.size() == 2 && values[0] == values[1])
+               ? std::optional(values[0])
+               : std::nullopt;
   };
-  if (all(kernel_size, 2) && all(stride, 2) && all(padding, 0) && all(dilation, 1) && !ceil_mode) {
-    if (auto output = append_pool(self)) return *output;
+  const auto kernel = square(kernel_size), pad = square(padding);
+  const auto step = stride.empty() ? kernel : square(stride);
+  if (kernel && step && pad && square(dilation) == 1) {
+    if (auto output = append_pool(self, {*kernel, *step, *pad, ceil_mode})) return *output;
   }
   before_use(self, false);
   Through through(kKey);
@@ -136,8 +210,24 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
 }
 
 TORCH_LIBRARY_IMPL(aten, TESTING_ONLY_GenericWrapper, m) {
-  m.impl("relu", &relu);
-  m.impl("relu_", &relu_);
+  m.impl("relu", &plain<kRelu, at::relu>);
+  m.impl("relu_", &plain_<kRelu, at::relu_>);
+  m.impl("relu6", &plain<kRelu6, at::relu6>);
+  m.impl("relu6_", &plain_<kRelu6, at::relu6_>);
+  m.impl("hardsigmoid", &plain<kHardsigmoid, at::hardsigmoid>);
+  m.impl("hardsigmoid_", &plain_<kHardsigmoid, at::hardsigmoid_>);
+  m.impl("hardswish", &plain<kHardswish, at::hardswish>);
+  m.impl("hardswish_", &plain_<kHardswish, at::hardswish_>);
+  m.impl("silu", &plain<kSilu, at::silu>);
+  m.impl("silu_", &plain_<kSilu, at::silu_>);
+  m.impl("sigmoid", &plain<kSigmoid, at::sigmoid>);
+  m.impl("sigmoid_", &plain_<kSigmoid, at::sigmoid_>);
+  m.impl("hardtanh", &hardtanh);
+  m.impl("hardtanh_", &hardtanh_);
+  m.impl("leaky_relu", &leaky_relu);
+  m.impl("leaky_relu_", &leaky_relu_);
+  m.impl("gelu", &gelu);
+  m.impl("gelu_", &gelu_);
   m.impl("add.Tensor", &add);
   m.impl("add_.Tensor", &add_);
   m.impl("max_pool2d", &max_pool2d);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -40,9 +41,13 @@ class Kind(IntEnum):
 
 
 class Pool(NamedTuple):
-    """A square max-pool; one byte an output tells where its maximum was."""
+    """A square max-pool; one byte an output tells where its maximum was.
 
-    kernel: int  # 2 to 15
+    Attributes:
+        kernel: 2 to 15.
+    """
+
+    kernel: int
     stride: int
     padding: int = 0
     ceil: bool = False
@@ -63,6 +68,12 @@ class Act:
     NONE: ClassVar[Act]
     RELU: ClassVar[Act]
     RELU_POOL: ClassVar[Act]  # ReLU and a 2x2 max-pool
+
+    @staticmethod
+    @cache
+    def of(kind: int, slope: float, pool: tuple[int, int, int, bool] | None) -> Act:
+        """As ``csrc/deferral`` has it."""
+        return Act(Kind(kind), slope, None if pool is None else Pool(*pool))
 
     @property
     def smooth(self) -> bool:
@@ -118,6 +129,8 @@ def masked(
     """
     if not (need_grad or need_bias):
         return None, None
+    if act == Act.NONE and not need_bias:
+        return grad, None
     kind, slope, pool = act.arguments
     if pool:
         return ops.max_pool_bias_grad(grad, saved, output_size, need_grad, pool)

@@ -11,7 +11,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from .activation import Act, masked
+from .activation import Act, activate, masked
 from .conv.algorithm import NormGrad, Trained
 from .linear import Products
 from .support import dense
@@ -181,13 +181,13 @@ class ConvNormAct(torch.autograd.Function):
 
 
 class LinearAct(torch.autograd.Function):
-    """dropout(relu(linear(input))); saves one bit an element, and the input for the weight."""
+    """dropout(act(linear(input))); saves bits or act's input, and the input for the weight."""
 
     @staticmethod
-    def forward(ctx, input, bias, weight, product, relu, noise, p):
-        output, mask = linear_forward(product, input, bias, relu, noise, p)
+    def forward(ctx, input, bias, weight, product, act, noise, p):
+        output, mask = linear_forward(product, input, bias, act, noise, p)
         ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
-        ctx.product, ctx.p = product, p
+        ctx.product, ctx.act, ctx.p = product, act, p
         return output
 
     @staticmethod
@@ -196,7 +196,7 @@ class LinearAct(torch.autograd.Function):
         mask, *trained = ctx.saved_tensors
         need_input, need_bias, need_weight = ctx.needs_input_grad[:3]
         need_grad = need_input or need_weight
-        grad, grad_bias = linear_masked(grad, mask, ctx.p, need_grad, need_bias)
+        grad, grad_bias = linear_masked(grad, mask, ctx.act, ctx.p, need_grad, need_bias)
         return (
             ctx.product.dgrad(grad) if need_input else None,
             grad_bias if need_bias else None,
@@ -212,31 +212,29 @@ def linear_forward(
     product: Products,
     input: Tensor,
     bias: Tensor | None,
-    relu: bool,
+    act: Act,
     noise: Tensor | None,
     p: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """dropout(relu(product + bias)), and its mask."""
+    """dropout(act(product + bias)), and what backward needs: bits, or act's input.
+
+    Args:
+        noise: of dropout, whose activation is ReLU.
+    """
     output = product.forward(input, bias)
-    if not relu:
-        return output, None
-    return ops.activate_(output) if noise is None else ops.relu_dropout_mask(output, p, noise=noise)
+    if noise is not None:
+        return ops.relu_dropout_mask(output, p, noise=noise)
+    return activate(output, act)
 
 
 def linear_masked(
-    grad: Tensor, mask: Tensor | None, p: float, need_grad: bool, need_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient in front of dropout and ReLU, and the bias's."""
+    grad: Tensor, mask: Tensor | None, act: Act, p: float, need_grad: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient in front of dropout and the activation, and the bias's."""
     grad = grad.contiguous()
     if p > 0.0:
-        grad, mask = ops.apply_mask(grad, mask, 1.0 / (1.0 - p)), None
-    if mask is None and not need_bias:
-        return grad, None
-    act = Act.NONE if mask is None else Act.RELU
-    masked_grad, grad_bias = ops.activate_grad(
-        grad, mask, None, *act.function, need_grad, need_bias
-    )
-    return (grad if mask is None else masked_grad), grad_bias
+        grad, mask, act = ops.apply_mask(grad, mask, 1.0 / (1.0 - p)), None, Act.NONE
+    return masked(grad, mask, act, (1, 1), need_grad, need_bias)
 
 
 class Dropout(torch.autograd.Function):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .activation import Act
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct
-from .conv.algorithm import Act, Given, Unfused
+from .conv.algorithm import Given, Unfused
 from .conv.choice import Weight, choose
 from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
@@ -53,18 +54,16 @@ def run_conv(
     weight_trains: bool,
     norm: Norm | None,
     residual: Tensor | None,
-    relu: bool,
-    pool: bool,
+    act: Act,
     above: Plan | None,
 ) -> Tensor | Held:
-    """conv [+ batch norm] [+ residual] [+ ReLU [+ 2x2 max-pool]], in channels_last.
+    """conv [+ batch norm] [+ residual] [+ activation] [+ max-pool], in channels_last.
 
     Args:
         below: what the chain that made `input` left to do.
         weight_trains: whether the weight gets a gradient; else it is a constant.
         above: of the layer that takes the output, where it may undo this chain's ReLU.
     """
-    act = Act.RELU_POOL if pool else Act.RELU if relu else Act.NONE
     if below is not None and plan.dtype != input.dtype:
         below, input = None, below.settled()
     stock_like = weight.is_contiguous(memory_format=torch.channels_last)
@@ -104,20 +103,17 @@ def run_conv(
     return ConvAct.apply(input, bias, trained, chosen, act)
 
 
-def resume(
-    image: Tensor, norm: Norm | None, residual: Tensor | None, relu: bool, pool: bool
-) -> Tensor | None:
+def resume(image: Tensor, norm: Norm | None, residual: Tensor | None, act: Act) -> Tensor | None:
     """What follows a convolution, for an output that has been computed by itself.
 
     Returns:
         The output, or None where the layers must run one by one.
     """
-    act = Act.RELU_POOL if pool else Act.RELU if relu else Act.NONE
     if (
         not takes(image)
         or image.dim() != 4
         or not image.is_contiguous(memory_format=torch.channels_last)
-        or (norm is None and not relu)
+        or (norm is None and act == Act.NONE)
         or (norm is not None and not norm.batch)
     ):
         return None
@@ -143,12 +139,12 @@ def run_linear(
     weight: Tensor,
     bias: Tensor | None,
     weight_trains: bool,
-    relu: bool,
+    act: Act,
     noise: Tensor | None,
     p: float,
     above: Plan | None,
 ) -> Tensor | Held:
-    """linear [+ ReLU [+ dropout]].
+    """linear [+ activation], or linear + ReLU + dropout.
 
     Args:
         noise: of dropout: 1 where a value is kept, else 0.
@@ -159,12 +155,12 @@ def run_linear(
     if weight_trains:
         input = input if below is None else below.settled()
         product = Products.training(linear, weight)
-        return LinearAct.apply(input, bias, weight, product, relu, noise, p)
+        return LinearAct.apply(input, bias, weight, product, act, noise, p)
     backward = wants_dgrad(input) if below is None else below.wants_grad()
     product = Products.frozen(linear, weight, input, engine.packed, backward)
-    hold = may_hold(engine, above, conv=False) and relu and p == 0.0
+    hold = may_hold(engine, above, conv=False) and act == Act.RELU and p == 0.0
     if not hold and below is None:
-        return LinearAct.apply(input, bias, None, product, relu, noise, p)
+        return LinearAct.apply(input, bias, None, product, act, noise, p)
     opaque = (
         hold
         and "cublaslt" in engine.options.epilogues
@@ -172,7 +168,7 @@ def run_linear(
         and above.dtype == input.dtype
         and suits_cublaslt(input, plan.sizes[1], above.sizes[1])
     )
-    layer = LinearLayer(product, relu, p, opaque, below is not None and below.opaque, noise)
+    layer = LinearLayer(product, act, p, opaque, below is not None and below.opaque, noise)
     return linked(layer, input, bias, None, below, hold)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .._build import deferral
 from ..nn import SkipLayer
 from ..transforms import in_a_transform
+from .activation import Act, Kind
 from .chains import Norm, resume, run_conv, run_linear
 from .conv.geometry import Geometry
 from .dropout import drop
@@ -194,26 +195,28 @@ class Engine:
         weight_trains: bool,
         norm: tuple | None,
         residual: Tensor | None,
-        relu: bool,
-        pool: bool,
+        kind: int,
+        slope: float,
+        pool: tuple[int, int, int, bool] | None,
         noise: Tensor | None,
         p: float,
         above: Plan | None,
     ) -> Any:
-        """A chain's value."""
+        """A chain's value; `kind` and `slope` are an activation's."""
+        act = Act.of(kind, slope, pool)
         if self.record is not None:
             steps = {
                 "conv" if plan.geometry else "linear": True,
                 "norm": norm is not None,
                 "add": residual is not None,
-                "relu": relu,
-                "pool": pool,
+                act.kind.name.lower(): act.kind != Kind.NONE,
+                "pool": pool is not None,
                 "dropout": noise is not None,
             }
             self.record.append((layer, " ".join(step for step, there in steps.items() if there)))
         if plan.geometry is None:
             return run_linear(
-                self, layer, plan, input, below, weight, bias, weight_trains, relu, noise, p, above
+                self, layer, plan, input, below, weight, bias, weight_trains, act, noise, p, above
             )
         return run_conv(
             self,
@@ -226,16 +229,22 @@ class Engine:
             weight_trains,
             None if norm is None else Norm(*norm),
             residual,
-            relu,
-            pool,
+            act,
             above,
         )
 
     def resume(
-        self, image: Tensor, norm: tuple | None, residual: Tensor | None, relu: bool, pool: bool
+        self,
+        image: Tensor,
+        norm: tuple | None,
+        residual: Tensor | None,
+        kind: int,
+        slope: float,
+        pool: tuple[int, int, int, bool] | None,
     ) -> Tensor | None:
         """A chain's value behind a convolution that ran alone, or None: its layers run alone."""
-        return resume(image, None if norm is None else Norm(*norm), residual, relu, pool)
+        act = Act.of(kind, slope, pool)
+        return resume(image, None if norm is None else Norm(*norm), residual, act)
 
     def drop(self, input: Tensor, p: float) -> Tensor | None:
         """Dropout of an ordinary tensor, or None for stock's."""

@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..activation import Act, masked
 from ..autograd import first_order, linear_forward, linear_masked
-from ..conv.algorithm import Act, Unfused, masked
+from ..conv.algorithm import Unfused
 from ..linear import Products
 from ..support import dense, on_gpu, tf32_products
 from . import conv_epilogue
@@ -118,7 +119,7 @@ class ConvLayer:
 
 @dataclass
 class LinearLayer:
-    """dropout(relu(linear(input))).
+    """dropout(act(linear(input))).
 
     Attributes:
         opaque: forward is cuBLASLt's, bias, ReLU and mask included.
@@ -129,7 +130,7 @@ class LinearLayer:
     """
 
     product: Products
-    relu: bool
+    act: Act
     p: float
     opaque: bool
     below_opaque: bool
@@ -140,14 +141,14 @@ class LinearLayer:
         self, input: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if not self.opaque:
-            return linear_forward(self.product, input, bias, self.relu, self.noise, self.p)
+            return linear_forward(self.product, input, bias, self.act, self.noise, self.p)
         weight = self.product.weight
         return ops.linear_relu_aux(input, weight, bias.to(input.dtype), self.tf32)
 
     def masked(
         self, grad: Tensor, mask: Tensor | None, need_grad: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        return linear_masked(grad, mask, self.p, need_grad, need_bias)
+        return linear_masked(grad, mask, self.act, self.p, need_grad, need_bias)
 
     def dgrad(self, grad: Tensor) -> Tensor:
         return self.product.dgrad(grad)
