@@ -80,11 +80,13 @@ def freeze(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def interleaved(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    variants: dict[str, Callable[[], None]], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Seconds of each call; the variants take turns, so that drift hits all alike."""
     for run in variants.values():
-        run()
-        run()
+        for _ in range(warmup):
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
