@@ -5,7 +5,7 @@ import json
 import pytest
 
 import wus_ext
-from wus_ext.cli import _parser
+from wus_ext.cli import parser
 from wus_ext.methods.table import METHODS, Method
 from wus_ext.training import ConfigError, DataError, StorageError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare, read_compare
@@ -375,7 +375,7 @@ def test_a_method_is_a_row_of_the_table(tmp_path, small, monkeypatch):
     assert [r["skipped"] for r in by_method[row.name].history] == [False, True, False, True]
     assert cells((tmp_path / "table.md").read_text(), "vgg11", row.name)[4] == "50"
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
-    parsed = _parser().parse_args(["train", "--method", row.name])
+    parsed = parser().parse_args(["train", "--method", row.name])
     assert parsed.method == row.name
 
 
