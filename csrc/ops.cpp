@@ -200,6 +200,8 @@ TORCH_LIBRARY(wus, m) {
   //
   // weight [K, C, 3, 3] or [K, C, 1, 1], any strides -> float32 [36 | 1, *], for this process only.
   m.def("strided_pack(Tensor weight, bool dgrad) -> Tensor");
+  // Packs a weight where another of its shape was packed.
+  m.def("strided_pack_(Tensor(a!) packed, Tensor weight, bool dgrad) -> Tensor(a!)");
   // input [N, C, H, W] -> [N, K, H', W'], channels_last.
   m.def(
       "strided_forward(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import wus_ext  # noqa: F401  (registers torch.ops.wus)
 from wus_ext.engine.activation import Kind
-from wus_ext.engine.conv.choice import packed_nbytes
+from wus_ext.engine.conv.copies import Form, packed_nbytes
 
 from .rows import at_one_and_two_threads, dense, pack
 from .test_activation import KEPT, SLOPE, STOCK
@@ -224,7 +224,7 @@ def test_packing(dgrad):
     again = ops.pointwise_pack_(torch.full_like(packed, 7), weight, dgrad)
     assert torch.equal(again, packed)
     copies = [ops.pointwise_pack(weight, dgrad) for dgrad in (False, True)]
-    assert packed_nbytes(weight, ops.pointwise_pack) == sum(copy.nbytes for copy in copies)
+    assert packed_nbytes(weight, Form("pointwise")) == sum(copy.nbytes for copy in copies)
 
 
 X = dense(torch.randn(2, 8, 6, 6))

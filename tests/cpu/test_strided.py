@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext  # noqa: F401  (registers torch.ops.wus)
-from wus_ext.engine.conv.choice import packed_nbytes
+from wus_ext.engine.conv.copies import Form, packed_nbytes
 
 wus = torch.ops.wus
 
@@ -131,7 +131,18 @@ def test_bits_do_not_depend_on_threads(name):
 def test_nbytes_tells_what_packing_takes(kernel):
     weight = torch.randn(64, 96, kernel, kernel)
     packed = sum(wus.strided_pack(weight, dgrad).nbytes for dgrad in (False, True))
-    assert packed_nbytes(weight, torch.ops.wus.strided_pack) == packed
+    assert packed_nbytes(weight, Form("strided")) == packed
+
+
+@pytest.mark.parametrize("dgrad", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_packing_in_the_place_of_another(kernel, dgrad):
+    weight = torch.randn(40, 24, kernel, kernel)
+    packed = wus.strided_pack(weight, dgrad)
+    again = wus.strided_pack_(torch.full_like(packed, 7), weight, dgrad)
+    assert torch.equal(again, packed)
+    with pytest.raises(ValueError, match="packed must be what strided_pack made"):
+        wus.strided_pack_(packed[:, 1:].contiguous(), weight, dgrad)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

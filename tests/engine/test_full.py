@@ -21,6 +21,8 @@ from tests.engine.chains import (
     saved_bytes,
     stock_chain,
 )
+from wus_ext.engine.conv.copies import Form
+from wus_ext.engine.conv.geometry import Scheme
 
 
 def build(name, *, channels_last=True, **settings):
@@ -118,28 +120,24 @@ def test_training_follows_stock(name, options):
         assert relative_error(mine, theirs) < 1e-4
 
 
-def copies(model):
-    return {
-        (layer, name): copy.tensor
-        for layer, copies in model._skip_engine.packed._layers.items()
-        for name, copy in copies.items()
-    }
-
-
-def test_transformed_weights_are_made_in_their_place():
-    _, fused = build("conv_relu")
+def test_layers_whose_weights_train_share_the_memory_of_what_is_made_of_them():
+    _, fused = build("conv_relu", algo="f4")
     train(fused, [images()])
-    before = {key: tensor.data_ptr() for key, tensor in copies(fused).items()}
-    assert before
+    packed = fused._skip_engine.packed
+    assert not packed._layers
+    shared = packed._workspace.buffer
+    form = Form("winograd", int(Scheme.F4))
+    largest = max(form.shape(fused[2].weight, dgrad).numel() for dgrad in (False, True))
+    assert wus_ext.packed_bytes(fused) == shared.nbytes == 4 * largest
     train(fused, [images()])
-    assert {key: tensor.data_ptr() for key, tensor in copies(fused).items()} == before
+    assert packed._workspace.buffer is shared
 
 
 def test_a_graph_keeps_the_transformed_weights_that_it_was_made_with():
     """A skip step's graph outlives full steps after it."""
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-    fused = wus_ext.convert(copy.deepcopy(stock), full="fused")
+    fused = wus_ext.convert(copy.deepcopy(stock), full="fused", memory_budget=None)
     x = images((2, 8, 12, 10))
     late = x.clone().requires_grad_()
     with wus_ext.skip_weight_updates(fused):
@@ -278,13 +276,15 @@ def test_bad_settings(settings, message):
         wus_ext.convert(nn.Linear(2, 2), **settings)
 
 
-def test_folded_copies_do_not_outlive_evaluation():
-    _, fused = build("conv_norm_relu")
-    run(fused, images())
-    trained = set(copies(fused))
+def test_evaluation_leaves_nothing_of_weights_that_train():
+    stock, fused = build("conv_norm_relu")
+    run(fused, x := images())
+    before = wus_ext.packed_bytes(fused)
+    stock.load_state_dict(fused.state_dict())
     with torch.no_grad():
-        fused.eval()(images())
-    assert set(copies(fused)) == trained
+        assert relative_error(fused.eval()(x), stock.eval()(x)) < 2e-5
+    assert not fused._skip_engine.packed._layers
+    assert wus_ext.packed_bytes(fused) == before
 
 
 LARGE = nn.Sequential(

@@ -75,9 +75,10 @@ def block_calls(monkeypatch):
         (False, {}, 31, 0),
         (False, {}, 600, 0),
         (True, {"memory_budget": 0}, 48, 4),
-        (True, {}, 48, 0),
+        (True, {"memory_budget": None}, 48, 0),
+        (True, {}, 48, 2),
     ],
-    ids=["full", "few rows", "many rows", "skip, nothing packed", "skip, packed"],
+    ids=["full", "few rows", "many rows", "skip, nothing packed", "skip, packed", "skip, half"],
 )
 def test_a_large_layer_equals_stock(block_calls, skip, settings, batch, products_in_blocks):
     products_in_blocks = 0 if GENERIC else products_in_blocks

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 
 import wus_ext
-from wus_ext.engine.conv.choice import packed_nbytes
+from wus_ext.engine.conv.copies import Form, packed_nbytes
 from wus_ext.engine.conv.geometry import Scheme
 
 from .chains import CHAINS, CHANNELS, build, check, images, relative_error, run, stock_chain
@@ -110,7 +109,7 @@ def test_the_memory_budget_is_kept(budget):
 
 
 def test_evaluation_takes_what_training_left_of_the_memory_budget():
-    _, unlimited = build("conv_norm_relu")
+    _, unlimited = build("conv_norm_relu", memory_budget=None)
     run(unlimited, images())
     budget = wus_ext.packed_bytes(unlimited)
     stock, skip = build("conv_norm_relu", memory_budget=budget)
@@ -123,8 +122,8 @@ def test_evaluation_takes_what_training_left_of_the_memory_budget():
 
 
 def test_f2_fits_where_f4_does_not():
-    pack = partial(torch.ops.wus.winograd_pack, scheme=int(Scheme.F2))
-    budget = packed_nbytes(CHAINS["conv_relu"]()[2].weight, pack)
+    form = Form("winograd", int(Scheme.F2))
+    budget = packed_nbytes(CHAINS["conv_relu"]()[2].weight, form)
     _, skip = build("conv_relu", memory_budget=budget)
     run(skip, images())
     assert wus_ext.packed_bytes(skip) == budget

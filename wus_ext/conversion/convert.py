@@ -45,7 +45,7 @@ def convert(
     skip_gamma: bool = True,
     norm: str = "batch",
     algo: str = "auto",
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = "auto",
     fuse: bool = True,
     epilogues: Collection[str] = (),
     full: str = "stock",
@@ -67,9 +67,11 @@ def convert(
         algo: convolutions of the CPU's skip steps in float32: ``"direct"`` (oneDNN), ``"f2"``,
             ``"f4"`` (Winograd, where a layer allows) or ``"auto"`` (default: the fastest for each
             layer). Rounding of ``"f2"`` is that of oneDNN, of ``"f4"`` up to 6e-6 relative.
-        memory_budget: bytes that the transformed copies of weights may take, in skip windows and,
-            with ``full="fused"``, always; layers that do not fit run with a smaller transform or
-            directly. Default None: no limit.
+        memory_budget: bytes that the transformed copies of weights may take. Default ``"auto"``:
+            as many as a skip step holds less than stock's full step does, in gradients and in what
+            is saved for backward; what does not fit is transformed for each use. A number: layers
+            that do not fit run with a smaller transform or directly. None: no limit, as fast as
+            possible.
         fuse: whether chains of layers may run as one (default True). False runs layer by layer.
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below it, and sum
             it for that layer's bias, in the product itself: ``"cublaslt"`` (linear layers on a GPU,

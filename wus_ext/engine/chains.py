@@ -6,21 +6,26 @@ layers were called with, tensors and numbers, and reads nothing of the layers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .activation import Act
+from .activation import Act, Kind
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct
-from .conv.algorithm import Given, Unfused
-from .conv.choice import Weight, choose
+from .conv.algorithm import Algorithm, Given, Unfused
+from .conv.choice import choose
+from .conv.weight import Weight
 from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
 from .support import takes
 
 if TYPE_CHECKING:
     from .engine import Engine, Plan
+
+ops = torch.ops.wus
 
 
 class Norm(NamedTuple):
@@ -71,13 +76,14 @@ def run_conv(
     if residual is not None:
         residual = entered(residual, False)
     trained = weight if weight_trains else None
-    own = Weight(conv, weight.detach(), (weight,))
+    own = Weight(conv, weight.detach(), (weight,), weight_trains)
+    images = input.size(0)
+    if not weight_trains and torch.is_grad_enabled():
+        engine.packed.saves(conv, weight.nbytes + saved_by(act, plan.sizes))
 
-    def algorithm(weight: Weight, backward: bool):
-        made = choose(weight, plan.geometry, engine.options, engine.packed, backward, plan.dtype)
-        if weight_trains:
-            engine.packed.expire((conv,))
-        return made
+    def algorithm(weight: Weight, backward: bool) -> Algorithm:
+        geometry, options = plan.geometry, engine.options
+        return choose(weight, geometry, options, engine.packed, images, backward, plan.dtype)
 
     if norm is not None and norm.batch:
         input = input if below is None else below.settled()
@@ -88,6 +94,9 @@ def run_conv(
         return ConvNormAct.apply(
             input, bias, trained, gamma, norm.bias, residual, chosen, norm, act
         )
+    if norm is not None and weight_trains:  # folding would be for this call only
+        chosen = algorithm(own, False)
+        return normalised(chosen.forward(input, bias, Act.NONE)[0], norm, residual, act)
     if norm is not None:
         own, bias = folded(own, bias, norm)
     chosen = algorithm(own, wants_dgrad(input) if below is None else below.wants_grad())
@@ -157,6 +166,8 @@ def run_linear(
         product = Products.training(linear, weight)
         return LinearAct.apply(input, bias, weight, product, act, noise, p)
     backward = wants_dgrad(input) if below is None else below.wants_grad()
+    if torch.is_grad_enabled():
+        engine.packed.saves(linear, weight.nbytes + saved_by(act, plan.sizes))
     product = Products.frozen(linear, weight, input, engine.packed, backward)
     hold = may_hold(engine, above, conv=False) and act == Act.RELU and p == 0.0
     if not hold and below is None:
@@ -201,6 +212,25 @@ def trains(weight: Tensor | None) -> bool:
 def wants_dgrad(input: Tensor) -> bool:
     """Whether backward will be asked for the gradient of `input`."""
     return input.requires_grad and torch.is_grad_enabled()
+
+
+def saved_by(act: Act, sizes: Sequence[int]) -> int:
+    """Bytes that stock saves of an activation, and a chain does not: its output, for the next."""
+    if act.kind == Kind.NONE:
+        return 0
+    elements = math.prod(sizes)
+    if act.pool is None:
+        return elements * 4 - (elements // 8 if act.kind.bits else 0)
+    before = elements * act.pool.stride**2
+    return before * 4 + elements * 7  # stock's indices take 8 bytes, ours one
+
+
+def normalised(image: Tensor, norm: Norm, residual: Tensor | None, act: Act) -> Tensor:
+    """act(norm(image) + residual) with running statistics and without gradients."""
+    scale, shift, _ = ops.batch_norm_scale_shift(
+        norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+    )
+    return ops.batch_norm_apply(image, scale, shift, residual, *act.arguments, need_mask=False)[0]
 
 
 def folded(weight: Weight, bias: Tensor | None, norm: Norm) -> tuple[Weight, Tensor]:

@@ -111,12 +111,12 @@ class Engine:
 
     def end_window(self, layers: Collection[nn.Module] | None = None) -> None:
         """Weights of these layers, or all, are about to change: drops what was made of them."""
-        if self.options.full == "fused":
-            self.packed.expire(layers)
-        elif layers is None:
+        if layers is None:
             self.packed.clear()
         else:
             self.packed.drop(layers)
+        if self.options.full == "stock":
+            self.packed.give_back()
 
     def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor | None:
         """The deferred call of a convolution, or None where it must run by itself."""
@@ -159,7 +159,7 @@ class Engine:
         """The layer's weight, if the layer may run fused on `input`."""
         weight = layer._parameters.get("weight")
         if not layer.skip_wgrad:  # what is made of a weight that trains serves one call only
-            self.packed.expire((layer,))
+            self.packed.drop((layer,))
         if (
             type(input) not in (Tensor, nn.Parameter)
             or type(weight) not in (Tensor, nn.Parameter)

@@ -27,16 +27,21 @@ class Products:
 
     Args:
         weight: the layer's, detached, or a copy in another type.
-        packed: the weight as oneDNN packed it, for the first product and for the second, or
-            nothing.
+        packed: the weight as oneDNN packed it, for the first product.
+        transposed: for the second.
         linear: the layer, where its weight trains.
     """
 
     def __init__(
-        self, weight: Tensor, packed: tuple[Tensor, ...] = (), linear: nn.Linear | None = None
+        self,
+        weight: Tensor,
+        packed: Tensor | None = None,
+        transposed: Tensor | None = None,
+        linear: nn.Linear | None = None,
     ) -> None:
         self.weight = weight
         self.packed = packed
+        self.transposed = transposed
         self.linear = linear
         self._unchanged = Unchanged(weight)
 
@@ -64,24 +69,22 @@ class Products:
             or weight.numel() < LARGE
             or not torch.backends.mkldnn.enabled
             or not torch.backends.mkldnn.is_available()
-            or not packed.fits(linear, ("forward", "dgrad"), lambda: 2 * weight.nbytes)
         ):
             return cls(weight)
         reorder = torch.ops.mkldnn._reorder_linear_weight
         rows = input.size(0)
 
-        def copy(name: str, weight: Tensor) -> Tensor:
+        def copy(name: str, weight: Tensor) -> Tensor | None:
+            if not packed.fits(linear, (name,), lambda: weight.nbytes):
+                return None
             return packed.get(linear, name, sources, lambda: reorder(weight.contiguous(), rows))
 
-        copies = [copy("forward", weight)]
-        if backward:
-            copies.append(copy("dgrad", weight.t()))
-        return cls(weight, tuple(copies))
+        return cls(weight, copy("forward", weight), copy("dgrad", weight.t()) if backward else None)
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """input @ weight.T + bias."""
-        if self.packed:
-            return _packed_product(input, self.packed[0], bias)
+        if self.packed is not None:
+            return _packed_product(input, self.packed, bias)
         bias = None if bias is None else bias.to(input.dtype)
         if suits_blocks(input, self.weight):
             return ops.linear_forward(input, self.weight, bias)
@@ -89,8 +92,8 @@ class Products:
 
     def dgrad(self, grad: Tensor) -> Tensor:
         """The input's gradient."""
-        if self.packed:
-            return _packed_product(grad, self.packed[1], None)
+        if self.transposed is not None:
+            return _packed_product(grad, self.transposed, None)
         weight = self._unchanged()
         return ops.linear_dgrad(grad, weight) if suits_blocks(grad, weight) else grad @ weight
 

@@ -26,8 +26,11 @@ class SkipOptions:
         algo: convolution algorithm of the CPU's skip steps in float32: ``"direct"`` (oneDNN),
             ``"f2"`` and ``"f4"`` (Winograd F(2x2, 3x3) and F(4x4, 3x3), where a layer allows),
             ``"auto"`` (default: the fastest for each layer).
-        memory_budget: bytes that transformed copies of weights may take together; layers that do
-            not fit run with a smaller transform or directly. Default None: no limit.
+        memory_budget: bytes that transformed copies of weights may take together. Default
+            ``"auto"``: as many as a skip step holds less than stock's full step does, in gradients
+            and in what is saved for backward; what does not fit is transformed for each use.
+            A number: layers that do not fit run with a smaller transform or directly. None: no
+            limit, as fast as possible.
         fuse: whether chains of layers may run as one (default True).
         epilogues: what may mask a layer's data gradient for the ReLU of the layer below and sum it
             for that layer's bias, where one layer feeds another. ``"cublaslt"``: linear layers on a
@@ -50,7 +53,7 @@ class SkipOptions:
     skip_gamma: bool = True
     norm: str = "batch"
     algo: str = "auto"
-    memory_budget: int | None = None
+    memory_budget: int | str | None = "auto"
     fuse: bool = True
     epilogues: Collection[str] = ()
     full: str = "stock"
@@ -72,9 +75,10 @@ class SkipOptions:
         if self.full == "fused" and not self.fuse:
             raise ValueError("full='fused' needs fuse=True: full steps run the fused chains")
         budget = self.memory_budget
-        if budget is not None and (not isinstance(budget, int) or budget < 0):
+        if budget not in (None, "auto") and (not isinstance(budget, int) or budget < 0):
             raise ValueError(
-                f"memory_budget: expected a number of bytes from 0 up, or None, got {budget!r}"
+                "memory_budget: expected a number of bytes from 0 up, 'auto', or None, "
+                f"got {budget!r}"
             )
 
 

@@ -1,17 +1,19 @@
-"""Transformed copies of weights: made once a skip window, within a memory budget.
+"""Transformed copies of weights: kept for a skip window, within a memory budget, or lent for a use.
 
 Weights stand still for a whole skip window, so what a convolution algorithm makes of them can be
 kept. A copy is made again when it is asked for with other sources than it was made from, and all
-are dropped when the window ends, unless full steps use them too.
+are dropped when the window ends. What is made of a weight that trains serves one product; it lies
+in memory that all layers of a model share.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from .support import version
@@ -36,28 +38,33 @@ class _Source:
 
 @dataclass
 class _Copy:
-    sources: tuple[_Source, ...] | None  # None: to be made again
+    sources: tuple[_Source, ...]
     tensor: Tensor
-    again: bool  # can be made in its place
 
     def is_of(self, sources: tuple[Tensor, ...]) -> bool:
-        return (
-            self.sources is not None
-            and len(self.sources) == len(sources)
-            and all(map(_Source.is_still, self.sources, sources))
+        return len(self.sources) == len(sources) and all(
+            map(_Source.is_still, self.sources, sources)
         )
+
+
+class _Workspace(threading.local):
+    buffer: Tensor | None = None
 
 
 class PackedWeights:
     """The transformed copies of one model's weights; a layer's go with the layer.
 
     Args:
-        budget: bytes that all copies may take together, or None for no limit.
+        budget: bytes that all copies may take together; "auto" for what the layers save against
+            stock's full step, as told by :meth:`saves`; None for no limit.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
+    def __init__(self, budget: int | str | None = None) -> None:
         self.budget = budget
         self._layers: WeakKeyDictionary[nn.Module, dict[Hashable, _Copy]] = WeakKeyDictionary()
+        self._savings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._saved = 0
+        self._workspace = _Workspace()
 
     def get(
         self,
@@ -65,21 +72,21 @@ class PackedWeights:
         name: Hashable,
         sources: tuple[Tensor, ...],
         make: Callable[[], Tensor],
-        remake: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The copy of this name, made by `make` unless `sources` are what they were.
-
-        `remake` makes it in the place of the old one, where no graph may still need that.
-        """
+        """The copy of this name, made by `make` unless `sources` are what they were."""
         copies = self._layers.setdefault(layer, {})
-        copy = copies.pop(name, None)
+        copy = copies.get(name)
         if copy is None or not copy.is_of(sources):
-            # Two references: the copy's own, and getrefcount's argument.
-            reuse = remake and copy is not None and sys.getrefcount(copy.tensor) == 2
-            tensor = remake(copy.tensor) if reuse else make()
-            copy = _Copy(tuple(map(_Source, sources)), tensor, again=remake is not None)
-        copies[name] = copy
+            copies.pop(name, None)
+            copy = copies[name] = _Copy(tuple(map(_Source, sources)), make())
         return copy.tensor
+
+    def saves(self, layer: nn.Module, nbytes: int) -> None:
+        """Notes what a layer's skip step holds less than stock's full step."""
+        before = self._savings.get(layer, 0)
+        if nbytes != before:
+            self._savings[layer] = nbytes
+            self._saved += nbytes - before
 
     def fits(
         self, layer: nn.Module, names: Collection[Hashable], nbytes: Callable[[], int]
@@ -88,25 +95,28 @@ class PackedWeights:
         own = self._layers.get(layer, {})
         if self.budget is None or all(name in own for name in names):
             return True
-        replaced = sum(_nbytes(own[name]) for name in names if name in own)
-        return self.nbytes() - replaced + nbytes() <= self.budget
+        limit = self._saved if self.budget == "auto" else self.budget
+        replaced = sum(own[name].tensor.nbytes for name in names if name in own)
+        return self.nbytes() - replaced + nbytes() <= limit
+
+    def lends(self, nbytes: int) -> bool:
+        """Whether :meth:`borrow` may be asked for so many bytes."""
+        if self.budget is None or self.budget == "auto":
+            return True
+        return self.nbytes() + max(0, nbytes - self._lent()) <= self.budget
+
+    def borrow(self, shape: torch.Size) -> Tensor:
+        """Float32 memory of this thread's for a product that begins now, until the next call."""
+        size, buffer = shape.numel(), self._workspace.buffer
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):
+                buffer = self._workspace.buffer = torch.empty(size)
+        return buffer[:size].view(shape)
 
     def nbytes(self) -> int:
-        """Bytes that the copies take."""
-        return sum(_nbytes(copy) for copies in self._of(None) for copy in list(copies.values()))
-
-    def expire(self, layers: Iterable[nn.Module] | None = None) -> None:
-        """Has what was made of these layers' weights, or of all, made again at its next use.
-
-        The weights may change, and versions do not tell: torch's fused optimizers leave them alone.
-        Only what can be made in its place is kept.
-        """
-        for copies in self._of(layers):
-            for name, copy in list(copies.items()):
-                if copy.again:
-                    copy.sources = None
-                else:
-                    copies.pop(name, None)  # another thread may have been here
+        """Bytes that the copies take, and this thread's memory for those of one use."""
+        copies = [copy for own in list(self._layers.values()) for copy in list(own.values())]
+        return sum(copy.tensor.nbytes for copy in copies) + self._lent()
 
     def drop(self, layers: Iterable[nn.Module]) -> None:
         """Drops the copies of these layers' weights."""
@@ -117,12 +127,10 @@ class PackedWeights:
         """Drops every copy; a graph that still needs one keeps it until its backward has run."""
         self._layers.clear()
 
-    def _of(self, layers: Iterable[nn.Module] | None) -> Iterator[dict[Hashable, _Copy]]:
-        if layers is None:
-            yield from list(self._layers.values())
-        else:
-            yield from (self._layers[layer] for layer in layers if layer in self._layers)
+    def give_back(self) -> None:
+        """Gives this thread's memory for copies of one use back."""
+        self._workspace.buffer = None
 
-
-def _nbytes(copy: _Copy) -> int:
-    return copy.tensor.numel() * copy.tensor.element_size()
+    def _lent(self) -> int:
+        buffer = self._workspace.buffer
+        return 0 if buffer is None else buffer.nbytes

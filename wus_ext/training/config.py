@@ -240,7 +240,7 @@ class TrainConfig:
 
     def skip_settings(self) -> dict[str, Any]:
         """The settings of :func:`wus_ext.convert`."""
-        budget = None if self.packed_budget is None else int(self.packed_budget * 2**30)
+        budget = "auto" if self.packed_budget is None else int(self.packed_budget * 2**30)
         return {
             "skip_gamma": not self.train_gamma,
             "norm": self.norm,

@@ -29,6 +29,8 @@ struct Blocks {
   int64_t first(int64_t block) const { return std::min(all, block * rows); }
   // Of a range's first block.
   int64_t start(int64_t range) const { return count * range / ranges; }
+  // The range that a block belongs to.
+  int64_t range(int64_t block) const { return ((block + 1) * ranges - 1) / count; }
 };
 
 // Rows of a matrix in memory: where they are, and how far apart.
@@ -169,7 +171,8 @@ at::Tensor run_by_ranges(const PointwiseBackward& work) {
 // A large one's: rounds of as many rows as a cache holds, of which threads sum tiles of the weight.
 at::Tensor run_by_rounds(const PointwiseBackward& work) {
   constexpr int64_t kCacheFloats = int64_t{1} << 20, kTileRows = 56, kTileColumns = 64;
-  const Blocks blocks(work.rows);
+  Blocks blocks(work.rows);
+  if (!work.input_mean) blocks.ranges = blocks.count;  // nothing is summed by range
   const RangeSums sums(work.input_mean ? blocks.ranges : 0, 2 * work.inputs);
   const int64_t grad_row = padded_row(work.outputs), input_row = padded_row(work.inputs);
   const int64_t step = std::max<int64_t>(1, kCacheFloats / ((grad_row + input_row) * blocks.rows));
@@ -179,18 +182,19 @@ at::Tensor run_by_rounds(const PointwiseBackward& work) {
   const int64_t tile_columns = divide_up(work.inputs, kTileColumns);
   for (int64_t start = 0; start < blocks.count; start += step) {
     const int64_t stop = std::min(blocks.count, start + step), base = blocks.first(start);
-    at::parallel_for(0, blocks.ranges, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t until = std::min(stop, blocks.start(i + 1));
-        for (int64_t block = std::max(start, blocks.start(i)); block < until; ++block) {
-          const int64_t first = blocks.first(block), last = blocks.first(block + 1);
-          const Rows grad =
-              gradient_rows(work.grad, work.norm, first, last, grads + (first - base) * grad_row);
-          if (work.grad_input) dgrad_block(work, grad, first, last, sums.of(i));
-          input_rows(work.input, first, last, inputs + (first - base) * input_row);
-        }
-      }
-    });
+    at::parallel_for(
+        blocks.range(start), blocks.range(stop - 1) + 1, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t until = std::min(stop, blocks.start(i + 1));
+            for (int64_t block = std::max(start, blocks.start(i)); block < until; ++block) {
+              const int64_t first = blocks.first(block), last = blocks.first(block + 1);
+              const Rows grad = gradient_rows(work.grad, work.norm, first, last,
+                                              grads + (first - base) * grad_row);
+              if (work.grad_input) dgrad_block(work, grad, first, last, sums.of(i));
+              input_rows(work.input, first, last, inputs + (first - base) * input_row);
+            }
+          }
+        });
     const Rows grad = where_rows(work.grad, work.norm, base, grads);
     const Rows input = where_rows(work.input, base, inputs);
     at::parallel_for(0, tile_rows * tile_columns, 1, [&](int64_t begin, int64_t end) {

@@ -51,13 +51,18 @@ Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t w
                    like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-Tensor empty_packed(const Tensor& weight, bool dgrad) {
+void check_weight(const Tensor& weight) {
   check_map(weight, "weight");
   const int64_t kernel = weight.size(2);
   TORCH_CHECK_VALUE((kernel == 1 || kernel == 3) && weight.size(3) == kernel,
                     "strided: weight must be [outputs, inputs, 3, 3] or [outputs, inputs, 1, 1], "
                     "got shape ",
                     weight.sizes());
+}
+
+Tensor empty_packed(const Tensor& weight, bool dgrad) {
+  check_weight(weight);
+  const int64_t kernel = weight.size(2);
   const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
   return at::empty({planes(kernel), plane_size(inputs, outputs)},
                    weight.options().memory_format(std::nullopt));
@@ -84,10 +89,11 @@ WinogradOutput target(Tensor& y) {
 
 }  // namespace
 
-Tensor strided_pack(const Tensor& weight, bool dgrad) {
-  Tensor packed = empty_packed(weight, dgrad);
+Tensor& strided_pack_(Tensor& packed, const Tensor& weight, bool dgrad) {
+  check_weight(weight);
   const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
   const int64_t kernel = weight.size(2);
+  check_packed(packed, kernel, inputs, outputs);
   WinogradWeight w{weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1),
                    weight.stride(2), weight.stride(3)};
   if (dgrad) {
@@ -99,6 +105,11 @@ Tensor strided_pack(const Tensor& weight, bool dgrad) {
   (kernel == 3 ? polyphase_pack : pointwise_pack)(w, inputs, outputs,
                                                   packed.mutable_data_ptr<float>());
   return packed;
+}
+
+Tensor strided_pack(const Tensor& weight, bool dgrad) {
+  Tensor packed = empty_packed(weight, dgrad);
+  return strided_pack_(packed, weight, dgrad);
 }
 
 Tensor strided_forward(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias,
@@ -156,6 +167,7 @@ TORCH_LIBRARY_IMPL(wus, Meta, m) { m.impl("strided_pack", &empty_packed); }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) {
   m.impl("strided_pack", &strided_pack);
+  m.impl("strided_pack_", &strided_pack_);
   m.impl("strided_forward", &strided_forward);
   m.impl("strided_dgrad", &strided_dgrad);
 }

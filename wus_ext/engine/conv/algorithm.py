@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..activation import Act, activate, masked
 from ..support import Unchanged, dense
+from .copies import Copies
 from .geometry import Geometry
 
 ops = torch.ops.wus
@@ -264,19 +265,19 @@ class OnGpu(Direct):
 class Strided(Unfused):
     """3x3 with stride 2 or 1x1 with any stride, on weights that were packed before."""
 
-    def __init__(self, geometry: Geometry, packed: Tensor, rotated: Tensor | None) -> None:
+    def __init__(self, geometry: Geometry, copies: Copies) -> None:
         self.out_channels, self.in_channels = geometry.out_channels, geometry.in_channels
         self.geometry = geometry
         self.window = geometry.kernel_size, geometry.stride, geometry.padding
-        self.packed = packed
-        self.rotated = rotated
+        self.copies = copies
 
     def dgrad(self, grad: Tensor) -> Tensor:
         size = self.geometry.input_size
-        return ops.strided_dgrad(grad, self.rotated, self.in_channels, size, *self.window)
+        return ops.strided_dgrad(grad, self.copies.dgrad(), self.in_channels, size, *self.window)
 
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.strided_forward(input, self.packed, bias, self.out_channels, *self.window)
+        packed = self.copies.forward()
+        return ops.strided_forward(input, packed, bias, self.out_channels, *self.window)
 
 
 class Given(Unfused):

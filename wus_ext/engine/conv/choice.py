@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from functools import partial
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..options import SkipOptions
 from ..packed_weights import PackedWeights
 from ..support import on_gpu
 from .algorithm import Algorithm, Direct, OnGpu, Strided
+from .copies import Copies, Form
 from .depthwise import Depthwise
 from .geometry import Geometry, schemes, suits_depthwise, suits_pointwise, suits_strided
 from .pointwise import Pointwise
+from .weight import Weight
 from .winograd import Winograd
 
-__all__ = ["Weight", "choose", "packed_nbytes"]
+__all__ = ["choose"]
 
-ops = torch.ops.wus
-
-
-class Weight(NamedTuple):
-    """A layer's weight, or one with a frozen normalisation folded in.
-
-    Attributes:
-        layer: whose it is.
-        own: the layer's, detached.
-        sources: what it is made from; when one changes, so does what is made of it.
-        folded: makes it; None: it is the layer's own.
-    """
-
-    layer: nn.Module
-    own: Tensor
-    sources: tuple[Tensor, ...]
-    folded: Callable[[], Tensor] | None = None
-
-    def __call__(self) -> Tensor:
-        return self.own if self.folded is None else self.folded()
+#: Pixels of an output, over the batch, from which packing a weight for one step pays: for one use
+#: with gradients, whose memory is at hand, and for one without.
+STEP_ROWS, LONE_ROWS = 256, 2048
+#: Elements of a weight up to which its gradient is best made in the same pass as the input's.
+SMALL_WEIGHT = 1 << 16
 
 
 def choose(
@@ -47,30 +30,42 @@ def choose(
     geometry: Geometry,
     options: SkipOptions,
     packed: PackedWeights,
+    images: int,
     backward: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Algorithm:
     """The algorithm for one layer: what `options.algo` asks for, as far as layer and budget allow.
 
     Args:
-        dtype: of the input, to which autocast may have cast it.
+        images: in the batch.
         backward: whether a data gradient will be asked for.
+        dtype: of the input, to which autocast may have cast it.
     """
     if on_gpu(weight.own):
         return OnGpu(geometry, _cast(weight, packed, dtype))
+    auto = options.algo == "auto"
+    rows = images * geometry.output_size[0] * geometry.output_size[1]
+    lone = weight.trains and not torch.is_grad_enabled()
+    enough = not auto or rows >= (LONE_ROWS if lone else STEP_ROWS)
+
+    def copies(form: Form) -> Copies | None:
+        kept = None if weight.trains else Copies.kept(packed, form, weight, backward)
+        if kept is not None or not enough or weight.folded is not None:
+            return kept
+        return Copies.passing(packed, form, weight)
+
     for scheme in schemes(geometry, options.algo):
-        pack = partial(ops.winograd_pack, scheme=int(scheme))
-        again = partial(ops.winograd_pack_, scheme=int(scheme))
-        if copies := _packed(packed, scheme, weight, pack, backward, again):
-            return Winograd(geometry, scheme, *copies)
-    if suits_strided(geometry, options.algo) and (
-        copies := _packed(packed, "strided", weight, ops.strided_pack, backward)
+        if made := copies(Form("winograd", int(scheme))):
+            return Winograd(geometry, scheme, made)
+    if suits_strided(geometry, options.algo) and (made := copies(Form("strided"))):
+        return Strided(geometry, made)
+    in_one_pass = not weight.trains or (weight.own.numel() <= SMALL_WEIGHT and not lone)
+    if (
+        suits_pointwise(geometry, options.algo)
+        and (in_one_pass or not auto)
+        and (made := copies(Form("pointwise")))
     ):
-        return Strided(geometry, *copies)
-    if suits_pointwise(geometry, options.algo):
-        pack, again = ops.pointwise_pack, ops.pointwise_pack_
-        if copies := _packed(packed, "pointwise", weight, pack, backward, again):
-            return Pointwise(geometry, *copies)
+        return Pointwise(geometry, made)
     kind = Depthwise if suits_depthwise(geometry, options.algo) else Direct
     if weight.folded is None:
         return kind(geometry, weight.own)
@@ -84,45 +79,11 @@ def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
     own, layout = weight.own, torch.channels_last
     if weight.folded is None and own.dtype == dtype and own.is_contiguous(memory_format=layout):
         return own
+
+    def make() -> Tensor:
+        return weight().to(dtype).contiguous(memory_format=layout)
+
+    if weight.trains:
+        return make()
     name = ("cast", dtype, weight.folded is None)
-    return packed.get(
-        weight.layer,
-        name,
-        weight.sources,
-        lambda: weight().to(dtype).contiguous(memory_format=layout),
-    )
-
-
-def _packed(
-    packed: PackedWeights,
-    scheme: Hashable,
-    weight: Weight,
-    pack: Callable[..., Tensor],
-    backward: bool,
-    again: Callable[..., Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None] | None:
-    """A weight packed for the forward pass and the data gradient, or None over the budget.
-
-    `again` packs it where it was packed before, unless a normalisation is folded in.
-    """
-    folded = weight.folded is not None
-    names = [(scheme, folded, direction) for direction in ("forward", "dgrad")]
-    if not packed.fits(weight.layer, names, lambda: packed_nbytes(weight.own, pack)):
-        return None
-
-    def copy(name: Hashable, dgrad: bool) -> Tensor:
-        return packed.get(
-            weight.layer,
-            name,
-            weight.sources,
-            lambda: pack(weight(), dgrad),
-            (lambda old: again(old, weight(), dgrad)) if again and not folded else None,
-        )
-
-    return copy(names[0], False), copy(names[1], True) if backward else None
-
-
-def packed_nbytes(weight: Tensor, pack: Callable[..., Tensor]) -> int:
-    """Bytes of a weight's two packed copies, for the forward pass and the data gradient."""
-    shape_only = torch.empty_like(weight, device="meta")
-    return sum(pack(shape_only, dgrad).nbytes for dgrad in (False, True))
+    return packed.get(weight.layer, name, weight.sources, make)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..activation import Act
 from .algorithm import Trained
+from .copies import Copies
 from .geometry import Geometry
 from .rowwise import Rowwise
 
@@ -16,18 +17,17 @@ ops = torch.ops.wus
 class Pointwise(Rowwise):
     """On the weight packed for the forward pass, and its transpose for the data gradient."""
 
-    def __init__(self, geometry: Geometry, packed: Tensor, transposed: Tensor | None) -> None:
+    def __init__(self, geometry: Geometry, copies: Copies) -> None:
         self.geometry = geometry
-        self.packed = packed
-        self.transposed = transposed
+        self.copies = copies
 
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         outputs = self.geometry.out_channels
-        return ops.pointwise_forward_stats(input, self.packed, bias, outputs)
+        return ops.pointwise_forward_stats(input, self.copies.forward(), bias, outputs)
 
     def _convolve(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor]:
         outputs = self.geometry.out_channels
-        return ops.pointwise_forward(input, self.packed, bias, outputs, *act.function)
+        return ops.pointwise_forward(input, self.copies.forward(), bias, outputs, *act.function)
 
     def _gradients(
         self,
@@ -46,7 +46,7 @@ class Pointwise(Rowwise):
         layout = torch.channels_last
         return ops.pointwise_backward(
             grad,
-            self.transposed if need_input else None,
+            self.copies.dgrad() if need_input else None,
             input,
             self.geometry.in_channels,
             mask,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..activation import Act, Kind, activate, masked
 from .algorithm import Algorithm, NormGrad, Trained
+from .copies import Copies
 from .geometry import Geometry, Scheme
 
 ops = torch.ops.wus
@@ -32,15 +33,13 @@ class Winograd(Algorithm):
         self,
         geometry: Geometry,
         scheme: Scheme,
-        packed: Tensor,
-        rotated: Tensor | None,
+        copies: Copies,
     ) -> None:
         self.out_channels, self.in_channels = geometry.out_channels, geometry.in_channels
         self.geometry = geometry
         self.padding = geometry.padding[0]
         self.scheme = int(scheme)
-        self.packed = packed
-        self.rotated = rotated
+        self.copies = copies
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         if act not in EPILOGUES:
@@ -122,8 +121,9 @@ class Winograd(Algorithm):
         )
 
     def _convolve(self, input: Tensor, bias: Tensor | None, epilogue: int) -> tuple[Tensor, Tensor]:
+        packed = self.copies.forward()
         return ops.winograd_forward(
-            input, self.packed, bias, self.out_channels, self.padding, self.scheme, epilogue
+            input, packed, bias, self.out_channels, self.padding, self.scheme, epilogue
         )
 
     def _deconvolve(
@@ -136,7 +136,7 @@ class Winograd(Algorithm):
     ) -> tuple[Tensor, Tensor]:
         return ops.winograd_dgrad(
             grad,
-            self.rotated,
+            self.copies.dgrad(),
             mask,
             self.in_channels,
             self.geometry.input_size,
