@@ -215,14 +215,18 @@ def wants_dgrad(input: Tensor) -> bool:
 
 
 def saved_by(act: Act, sizes: Sequence[int]) -> int:
-    """Bytes that stock saves of an activation, and a chain does not: its output, for the next."""
+    """Bytes that stock saves of an activation, and a chain does not: its output, for the next.
+
+    Args:
+        sizes: of the activation's output, in front of a pool.
+    """
     if act.kind == Kind.NONE:
         return 0
     elements = math.prod(sizes)
     if act.pool is None:
         return elements * 4 - (elements // 8 if act.kind.bits else 0)
-    before = elements * act.pool.stride**2
-    return before * 4 + elements * 7  # stock's indices take 8 bytes, ours one
+    # Of a pool stock saves indices of 8 bytes, a chain codes of one.
+    return elements * 4 + elements // act.pool.stride**2 * 7
 
 
 def normalised(image: Tensor, norm: Norm, residual: Tensor | None, act: Act) -> Tensor:

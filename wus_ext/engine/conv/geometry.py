@@ -75,7 +75,14 @@ def suits_strided(geometry: Geometry, algo: str) -> bool:
         and g.padding == (1, 1)
         and g.dilation == (1, 1)
         and min(g.output_size) >= 3
+        and (algo != "auto" or _filled(g.output_size) >= 0.9)
     )
+
+
+def _filled(size: tuple[int, int]) -> float:
+    """The part of 4x4 tiles over a map that lies on it: what else they compute is for nothing."""
+    height, width = size
+    return height * width / (-(-height // 4) * 4 * (-(-width // 4) * 4))
 
 
 def suits_pointwise(geometry: Geometry, algo: str) -> bool:
