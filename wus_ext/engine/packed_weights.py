@@ -111,6 +111,7 @@ class PackedWeights:
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):
                 buffer = self._workspace.buffer = torch.empty(size)
+            self._make_room()
         return buffer[:size].view(shape)
 
     def nbytes(self) -> int:
@@ -130,6 +131,12 @@ class PackedWeights:
     def give_back(self) -> None:
         """Gives this thread's memory for copies of one use back."""
         self._workspace.buffer = None
+
+    def _make_room(self) -> None:
+        """Drops what was kept last, where memory for one use goes over what the layers save."""
+        layers = list(self._layers) if self.budget == "auto" else []
+        while layers and self.nbytes() > self._saved:
+            self.drop([layers.pop()])
 
     def _lent(self) -> int:
         buffer = self._workspace.buffer

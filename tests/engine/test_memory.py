@@ -1,0 +1,96 @@
+"""What steps hold: saved for backward, transformed weights and gradients, against stock's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import wus_ext
+
+from .chains import Block, check, frozen, images, relative_error, saved_bytes
+
+
+def network(channels=64):
+    """Few pixels and many channels at its end, whose transformed weights would take the most."""
+    layers = []
+    for outputs in (channels // 4, channels // 2, channels):
+        inputs = 3 if not layers else outputs // 2
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [nn.Conv2d(outputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 4, 10))
+
+
+def held(model, x):
+    """Bytes at the end of a step's forward pass, and the gradients that its backward makes."""
+    model.zero_grad()
+    model(x).sum().backward()
+    saved, output = saved_bytes(model, x)
+    del output
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    packed = wus_ext.packed_bytes(model) if hasattr(model, "_skip_engine") else 0
+    return saved + packed + gradients
+
+
+@pytest.mark.parametrize("model", [network(), Block(16), network(128)], ids=["64", "block", "128"])
+@pytest.mark.parametrize("batch", [8, 32, 128])
+def test_a_skip_step_holds_no_more_than_stocks_full_step(model, batch):
+    stock = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    skip = wus_ext.convert(copy.deepcopy(stock))
+    wus_ext.set_skip(skip, True)
+    x = images((batch, next(stock.parameters()).size(1), 16, 16)).requires_grad_()
+    assert held(skip, x) <= held(stock, x)
+
+
+def test_without_a_budget_all_is_kept():
+    x = images((8, 3, 16, 16))
+    sizes = {}
+    for budget in ("auto", None):
+        skip = wus_ext.convert(network(128), memory_budget=budget)
+        wus_ext.set_skip(skip, True)
+        skip(x).sum().backward()
+        sizes[budget] = wus_ext.packed_bytes(skip)
+    assert sizes["auto"] < sizes[None]
+
+
+@pytest.mark.parametrize("budget", ["auto", None, 0])
+def test_what_is_not_kept_is_right_all_the_same(budget):
+    torch.manual_seed(0)
+    stock = network().to(memory_format=torch.channels_last)
+    skip = wus_ext.convert(copy.deepcopy(stock), memory_budget=budget)
+    wus_ext.set_skip(skip, True)
+    check(frozen(stock), skip, images((8, 3, 16, 16)), tolerance=1e-4)
+
+
+def test_one_image_is_evaluated_without_a_transform():
+    torch.manual_seed(0)
+    stock = network().eval()
+    fused = wus_ext.convert(copy.deepcopy(stock), full="fused")
+    x = images((1, 3, 16, 16))
+    with torch.no_grad():
+        assert relative_error(fused(x), stock(x)) < 1e-5
+    assert wus_ext.packed_bytes(fused) == 0
+
+
+def test_evaluation_in_a_window_takes_what_training_made():
+    torch.manual_seed(0)
+    skip = wus_ext.convert(network(), memory_budget=None, norm="frozen")
+    wus_ext.set_skip(skip, True)
+    x = images((8, 3, 16, 16))
+    skip(x).sum().backward()
+    made = {id(c.tensor) for own in skip._skip_engine.packed._layers.values() for c in own.values()}
+    with torch.no_grad():
+        skip.eval()(x)
+    after = {id(c.tensor) for o in skip._skip_engine.packed._layers.values() for c in o.values()}
+    assert after == made
+
+
+def test_memory_for_one_use_is_given_back_when_stock_takes_over():
+    model = wus_ext.convert(network(), algo="f4", memory_budget="auto")
+    wus_ext.set_skip(model, True)
+    x = images((2, 3, 16, 16))
+    model(x).sum().backward()
+    wus_ext.set_skip(model, False)
+    assert wus_ext.packed_bytes(model) == 0
