@@ -24,7 +24,7 @@ from paper import (
 )
 
 from wus_ext.training.plot import draw
-from wus_ext.training.report import Run
+from wus_ext.training.run import Run
 
 HEADER = ("method", "epochs", "skipped, %", "cost", "saved, %", "accuracy, %", "best, %")
 

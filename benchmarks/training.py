@@ -33,7 +33,8 @@ from common import machine, table
 from wus_ext.methods.table import BASELINE, METHODS
 from wus_ext.training import ConfigError, DataError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare
-from wus_ext.training.report import Run, targets
+from wus_ext.training.report import targets
+from wus_ext.training.run import Run
 
 NETWORKS = ("alexnet", "vgg11_bn", "vgg16_bn", "resnet18")
 #: Accuracy that rises through most of a run, and one that is flat for most of it; the policy is

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _build  # noqa: F401  (registers torch.ops.wus)
-from .transforms import in_a_transform
+from ._torch import in_a_transform
 
 Sizes = int | Sequence[int]
 

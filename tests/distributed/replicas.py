@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wus_ext
-from wus_ext.distributed.ddp import DistributedDataParallel
+from wus_ext.distributed import DistributedDataParallel
 
 DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if "BACKEND" in os.environ else "cpu"
 

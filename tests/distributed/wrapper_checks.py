@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel as StockDDP
 
 import wus_ext
-from wus_ext.distributed.ddp import DistributedDataParallel
+from wus_ext.distributed import DistributedDataParallel
 
 from .replicas import (
     DEVICE,

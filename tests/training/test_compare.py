@@ -10,7 +10,8 @@ from wus_ext.methods.table import METHODS, Method
 from wus_ext.training import ConfigError, DataError, StorageError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare, read_compare
 from wus_ext.training.plot import _curves
-from wus_ext.training.report import Run, markdown
+from wus_ext.training.report import markdown
+from wus_ext.training.run import Run
 from wus_ext.training.trainer import Trainer
 
 pytest.importorskip("matplotlib")

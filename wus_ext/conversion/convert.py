@@ -21,9 +21,9 @@ from ..distributed.ddp import adopt_wrapper, make_skip_aware, make_stock, set_wr
 from ..engine.engine import Engine
 from ..engine.gradient_memory import release
 from ..engine.options import SkipOptions
+from ..engine.parameters import skippable_parameters
 from ..nn import DROP_INS, NORMS, SkipLayer
 from .modules import SkipModel, SkipModule, injected, stock_class
-from .parameters import skippable_parameters
 from .windows import (
     check_module,
     clear_state,

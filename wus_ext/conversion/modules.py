@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .._build import deferral
+from .._torch import uncompiled
 from ..engine.engine import Engine
+from ..engine.parameters import swapped
 from ..nn import DROP_INS, SkipLayer, inside
-from .parameters import swapped
 
 STOCK = {drop_in: stock for stock, drop_in in DROP_INS.items()}
 
@@ -102,7 +103,7 @@ def _notify(model: SkipModel) -> None:
 
 
 # torch.compiler.disable would import the compiler here.
-_notify_uncompiled = torch._disable_dynamo(_notify)
+_notify_uncompiled = uncompiled(_notify)
 
 
 def _in_stock_wrapper() -> bool:

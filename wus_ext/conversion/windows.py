@@ -16,9 +16,9 @@ from torch import nn
 
 from ..distributed.ddp import check_parameters, make_skip_aware, set_wrappers, warn_if_unseen
 from ..engine.gradient_memory import release
+from ..engine.parameters import Skippable, skippable_parameters, skipped_now
 from ..nn import SkipLayer
 from .modules import SkipModel, SkipModule, adopt_watched
-from .parameters import Skippable, skippable_parameters, skipped_now
 from .selection import Layers, select
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as StockDDP
 
-from ..conversion.modules import SkipModel
-from ..conversion.parameters import skipped_now
+from .._torch import after_backward
+from ..engine.parameters import is_converted, skipped_now
 from . import processes
 from .averaging import average_gradients
 
@@ -120,7 +120,6 @@ class SkipAware(_Wrapper):
     def _await_backward(
         self, output: Any, trained: tuple[nn.Parameter, ...], synchronises: bool
     ) -> None:
-        queue = torch.autograd.Variable._execution_engine.queue_callback
         # A parameter that held its wrapper would keep it alive: what the engine holds, too, the
         # garbage collector does not see.
         wrapper = weakref.ref(self)
@@ -142,7 +141,7 @@ class SkipAware(_Wrapper):
                 ddp._sync_queued = True
                 # Queued twice: behind the reducer's own callback, if a full step's output is
                 # part of the same backward pass.
-                queue(lambda: queue(synchronise))
+                after_backward(lambda: after_backward(synchronise))
 
         # The outputs say where backward begins, also where no parameter gets a gradient; the
         # parameters, that it has begun, also where the output hides its tensors.
@@ -282,7 +281,7 @@ def warn_if_unseen(model: nn.Module) -> None:
     modules = list(model.modules())
     wrapped = any(isinstance(module, StockDDP) for module in modules)
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    converted = any(isinstance(module, SkipModel) for module in modules)
+    converted = any(is_converted(module) for module in modules)
     if processes.count() > 1 and not (wrapped or sharded or converted):
         warnings.warn(
             "set_skip: in several processes switch the DistributedDataParallel wrapper, which "

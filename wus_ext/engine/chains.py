@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,19 @@ from .conv.choice import choose
 from .conv.weight import Weight
 from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
+from .options import SkipOptions
+from .packed_weights import PackedWeights
+from .plan import Plan
 from .support import takes
 
-if TYPE_CHECKING:
-    from .engine import Engine, Plan
-
 ops = torch.ops.wus
+
+
+class Resources(Protocol):
+    """What chains use of a converted model's engine."""
+
+    options: SkipOptions
+    packed: PackedWeights
 
 
 class Norm(NamedTuple):
@@ -49,7 +56,7 @@ class Norm(NamedTuple):
 
 
 def run_conv(
-    engine: Engine,
+    engine: Resources,
     conv: nn.Conv2d,
     plan: Plan,
     input: Tensor,
@@ -140,7 +147,7 @@ def resume(image: Tensor, norm: Norm | None, residual: Tensor | None, act: Act) 
 
 
 def run_linear(
-    engine: Engine,
+    engine: Resources,
     linear: nn.Linear,
     plan: Plan,
     input: Tensor,
@@ -194,7 +201,7 @@ def entered(input: Tensor, stock_like: bool) -> Tensor:
     return Enter.apply(input)
 
 
-def may_hold(engine: Engine, above: Plan | None, *, conv: bool) -> bool:
+def may_hold(engine: Resources, above: Plan | None, *, conv: bool) -> bool:
     """Whether a chain's ReLU may be undone by the layer above."""
     return (
         above is not None

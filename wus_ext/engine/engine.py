@@ -15,40 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._build import deferral
+from .._torch import in_a_transform, is_traced
 from ..nn import SkipLayer
-from ..transforms import in_a_transform
 from .activation import Act, Kind
 from .chains import Norm, resume, run_conv, run_linear
-from .conv.geometry import Geometry
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
+from .plan import Key, Plan, plan_conv, plan_linear, tensor_types
 from .storage_access import settle_before_storage_access
-from .support import TYPES, on_gpu
+from .support import on_gpu
 
 logger = logging.getLogger("wus_ext")
-
-#: What a layer's call depends on, besides its tensors' values.
-Key = tuple[Any, ...]
-
-
-@dataclass(slots=True)
-class Plan:
-    """How a layer's calls of one kind run.
-
-    Attributes:
-        sizes: of the output.
-        dtype: of the output: the input's, or autocast's.
-        geometry: of a convolution.
-    """
-
-    sizes: list[int]
-    dtype: torch.dtype
-    geometry: Geometry | None = None
 
 
 @dataclass(slots=True)
@@ -83,7 +64,7 @@ class Engine:
 
     def begin(self) -> Any | None:
         """Lets layers defer in the forward pass that begins now, or None: all run by themselves."""
-        if not self.options.fuse or in_a_transform() or torch._C._get_tracing_state() is not None:
+        if not self.options.fuse or in_a_transform() or is_traced():
             return None
         settle_before_storage_access()
         session = deferral.Session(self, bool(self.options.epilogues))
@@ -125,7 +106,7 @@ class Engine:
             return None
         bias = conv._constant(conv._parameters.get("bias"))
         key = (
-            *_types(input, weight, bias),
+            *tensor_types(input, weight, bias),
             input.shape,
             weight.shape,
             conv.stride,
@@ -147,7 +128,7 @@ class Engine:
         if weight is None:
             return None
         bias = linear._constant(linear._parameters.get("bias"))
-        key = (*_types(input, weight, bias), input.shape, weight.shape)
+        key = (*tensor_types(input, weight, bias), input.shape, weight.shape)
         plan = self._plan(linear, key, input, weight, bias)
         if plan is None:
             return None
@@ -178,7 +159,7 @@ class Engine:
         if key not in known.plans:
             if len(known.plans) == self.MOST_PLANS:
                 known.plans.clear()
-            make = _plan_conv if isinstance(layer, nn.Conv2d) else _plan_linear
+            make = plan_conv if isinstance(layer, nn.Conv2d) else plan_linear
             known.plans[key] = make(layer, input, weight, bias)
         return known.plans[key]
 
@@ -249,75 +230,3 @@ class Engine:
     def drop(self, input: Tensor, p: float) -> Tensor | None:
         """Dropout of an ordinary tensor, or None for stock's."""
         return drop(input, p)
-
-
-def _types(input: Tensor, weight: Tensor, bias: Tensor | None) -> Key:
-    autocast = None
-    if torch._C._is_any_autocast_enabled():
-        device = weight.device.type
-        if torch.is_autocast_enabled(device):
-            autocast = torch.get_autocast_dtype(device)
-    return (
-        autocast,
-        input.dtype,
-        input.device,
-        weight.dtype,
-        weight.device,
-        None if bias is None else (bias.dtype, bias.device, type(bias)),
-    )
-
-
-def _fused_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """The type in which a chain runs: that of all tensors or, where autocast casts them, its."""
-    device = input.device.type
-    types = TYPES.get(device, ())
-    if input.dtype not in types or 0 in input.shape:
-        return None
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
-    if dtype not in types:
-        return None
-    for parameter in (weight, bias):
-        if parameter is not None and not (
-            parameter.device == input.device
-            and parameter.dtype in types
-            and (autocast or parameter.dtype == dtype)
-            and type(parameter) in (Tensor, nn.Parameter)
-            and 0 not in parameter.shape
-        ):
-            return None
-    return dtype
-
-
-def _plan_conv(conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
-    dtype = _fused_dtype(input, weight, bias)
-    if (
-        dtype is None
-        or input.dim() != 4
-        or weight.dim() != 4
-        or input.size(1) != weight.size(1) * conv.groups
-        or weight.size(0) % conv.groups
-        or conv.padding_mode != "zeros"
-        or isinstance(conv.padding, str)
-        or (bias is not None and bias.shape != weight.shape[:1])
-    ):
-        return None
-    geometry = Geometry.of(conv, weight.shape, input.shape)
-    if min(geometry.output_size) < 1:
-        return None
-    return Plan([input.size(0), weight.size(0), *geometry.output_size], dtype, geometry)
-
-
-def _plan_linear(
-    linear: nn.Linear, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> Plan | None:
-    dtype = _fused_dtype(input, weight, bias)
-    if (
-        dtype is None
-        or input.dim() != 2
-        or weight.dim() != 2
-        or input.size(1) != weight.size(1)
-        or (bias is not None and bias.shape != weight.shape[:1])
-    ):
-        return None
-    return Plan([input.size(0), weight.size(0)], dtype)

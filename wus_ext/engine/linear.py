@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._build import build_info
+from .._torch import packed_linear, packed_linear_weight
 from .gradient_memory import gradient_memory
 from .packed_weights import PackedWeights
 from .support import Unchanged, is_batched, on_gpu
@@ -71,20 +72,21 @@ class Products:
             or not torch.backends.mkldnn.is_available()
         ):
             return cls(weight)
-        reorder = torch.ops.mkldnn._reorder_linear_weight
         rows = input.size(0)
 
         def copy(name: str, weight: Tensor) -> Tensor | None:
             if not packed.fits(linear, (name,), lambda: weight.nbytes):
                 return None
-            return packed.get(linear, name, sources, lambda: reorder(weight.contiguous(), rows))
+            return packed.get(
+                linear, name, sources, lambda: packed_linear_weight(weight.contiguous(), rows)
+            )
 
         return cls(weight, copy("forward", weight), copy("dgrad", weight.t()) if backward else None)
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """input @ weight.T + bias."""
         if self.packed is not None:
-            return _packed_product(input, self.packed, bias)
+            return packed_linear(input.contiguous(), self.packed, bias)
         bias = None if bias is None else bias.to(input.dtype)
         if suits_blocks(input, self.weight):
             return ops.linear_forward(input, self.weight, bias)
@@ -93,7 +95,7 @@ class Products:
     def dgrad(self, grad: Tensor) -> Tensor:
         """The input's gradient."""
         if self.transposed is not None:
-            return _packed_product(grad, self.transposed, None)
+            return packed_linear(grad.contiguous(), self.transposed, None)
         weight = self._unchanged()
         return ops.linear_dgrad(grad, weight) if suits_blocks(grad, weight) else grad @ weight
 
@@ -116,8 +118,3 @@ def suits_blocks(input: Tensor, weight: Tensor) -> bool:
         and len(input) in BLOCK_BATCHES
         and not is_batched(input)
     )
-
-
-def _packed_product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    pointwise = torch.ops.mkldnn._linear_pointwise
-    return pointwise(input.contiguous(), packed, bias, "none", [], "")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._build import build_info
-from ..transforms import in_a_transform
+from .._torch import in_a_transform, is_batched_by_autograd
 
 #: Types of the fused kernels' tensors, by device.
 TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
@@ -41,7 +41,7 @@ def takes(tensor: Tensor) -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether a tensor stands for several, as in a backward pass of a batch of gradients."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor) or in_a_transform()
+    return is_batched_by_autograd(tensor) or in_a_transform()
 
 
 def dense(image: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from .lock import FolderLock
 from .loop import train_epoch
 from .methods import check_layers
 from .progress import Progress
-from .report import Run, write_report
+from .report import write_report
+from .run import Run
 from .runfolder import RunFolder, is_free
 from .settings import check_types, differences, from_plain, reading
 from .trainer import Trainer

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from ..methods.table import BASELINE, METHODS
 from .errors import require
-
-if TYPE_CHECKING:
-    from .report import Run
+from .run import Run
 
 __all__ = ["draw"]
 

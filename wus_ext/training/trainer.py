@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..conversion.parameters import skipped_now
 from ..distributed import processes
+from ..engine.parameters import skipped_now
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError, DataError, RunWarning, TrainingError

@@ -13,6 +13,11 @@ from ..nn import NORMS, SkipLayer, is_bias
 Skippable = dict[nn.Module, dict[str, bool]]
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether a module is the root of a converted model."""
+    return hasattr(type(module), "skip_window")
+
+
 def is_parametrized_bias(path: str) -> bool:
     return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
 
@@ -40,7 +45,7 @@ def skippable_parameters(root: nn.Module) -> Skippable:
     """Whose parameters can stand still: owner -> {name: whether it counts as a weight}."""
     owners: Skippable = {}
     for module in root.modules():
-        if hasattr(type(module), "skip_window"):  # an outer module knows best what is inside
+        if is_converted(module):  # an outer module knows best what is inside
             for owner, name, is_weight in own_parameters(module):
                 owners.setdefault(owner, {}).setdefault(name, is_weight)
         elif isinstance(module, SkipLayer):

@@ -1,0 +1,105 @@
+"""What is known of a layer's call beforehand, from the kinds and shapes of what it is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import autocasts
+from .conv.geometry import Geometry
+from .support import TYPES
+
+__all__ = ["Key", "Plan", "plan_conv", "plan_linear", "tensor_types"]
+
+#: What a layer's call depends on, besides its tensors' values.
+Key = tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Plan:
+    """How a layer's calls of one kind run.
+
+    Attributes:
+        sizes: of the output.
+        dtype: of the output: the input's, or autocast's.
+        geometry: of a convolution.
+    """
+
+    sizes: list[int]
+    dtype: torch.dtype
+    geometry: Geometry | None = None
+
+
+def tensor_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> Key:
+    autocast = None
+    if autocasts():
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            autocast = torch.get_autocast_dtype(device)
+    return (
+        autocast,
+        input.dtype,
+        input.device,
+        weight.dtype,
+        weight.device,
+        None if bias is None else (bias.dtype, bias.device, type(bias)),
+    )
+
+
+def _fused_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The type in which a chain runs: that of all tensors or, where autocast casts them, its."""
+    device = input.device.type
+    types = TYPES.get(device, ())
+    if input.dtype not in types or 0 in input.shape:
+        return None
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+    if dtype not in types:
+        return None
+    for parameter in (weight, bias):
+        if parameter is not None and not (
+            parameter.device == input.device
+            and parameter.dtype in types
+            and (autocast or parameter.dtype == dtype)
+            and type(parameter) in (Tensor, nn.Parameter)
+            and 0 not in parameter.shape
+        ):
+            return None
+    return dtype
+
+
+def plan_conv(conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
+    dtype = _fused_dtype(input, weight, bias)
+    if (
+        dtype is None
+        or input.dim() != 4
+        or weight.dim() != 4
+        or input.size(1) != weight.size(1) * conv.groups
+        or weight.size(0) % conv.groups
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        return None
+    geometry = Geometry.of(conv, weight.shape, input.shape)
+    if min(geometry.output_size) < 1:
+        return None
+    return Plan([input.size(0), weight.size(0), *geometry.output_size], dtype, geometry)
+
+
+def plan_linear(
+    linear: nn.Linear, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Plan | None:
+    dtype = _fused_dtype(input, weight, bias)
+    if (
+        dtype is None
+        or input.dim() != 2
+        or weight.dim() != 2
+        or input.size(1) != weight.size(1)
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        return None
+    return Plan([input.size(0), weight.size(0)], dtype)
