@@ -42,8 +42,8 @@ def test_a_killed_run_resumes_to_the_weights_of_one_process_with_the_doubled_bat
         stderr=subprocess.PIPE,
         **OPTIONS,
     ) as process:
-        # Within the third epoch, which skips: two lines are out, the third is not.
-        process.stdout.readline(), process.stdout.readline()
+        # Within the third epoch, which skips.
+        assert any(line.startswith("epoch 2/6") for line in process.stdout)
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)

@@ -186,7 +186,9 @@ def test_a_run_says_what_is_left_out(tree, capsys):
     link_to_nothing(tree)
     arguments = ["train", "--dataset", "folder", "--data-dir", str(tree), "--model", "resnet18"]
     assert main([*arguments, "--epochs", "1", "--out", str(tree / "run")]) == 0
-    warning, *more = capsys.readouterr().err.splitlines()
+    captured = capsys.readouterr()
+    assert captured.out.startswith("images: folder, 12 for training, 4 for test, 2 classes; 32x32 ")
+    warning, *more = captured.err.splitlines()
     assert warning.startswith("wus-ext train: warning: 1 entry is no <class>/<image> in ")
     assert not [line for line in more if "entry is" in line]
 

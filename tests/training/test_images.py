@@ -1,5 +1,6 @@
-"""Any image file as 32x32 RGB: as torchvision reads it, and never clipped."""
+"""Any image file as RGB: as torchvision reads it, and never clipped."""
 
+import functools
 import io
 import struct
 import zlib
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from wus_ext.training import DataError
-from wus_ext.training.images import decode_image
+from wus_ext.training import DataError, images
+from wus_ext.training.transforms import centre
 
 Image = pytest.importorskip("PIL.Image")
+decode_image = functools.partial(
+    images.decode_image, shape=functools.partial(centre, size=32, side=32)
+)
 
 
 def test_an_image_of_another_size_or_mode_becomes_32x32_rgb(tmp_path):

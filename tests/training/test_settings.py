@@ -19,6 +19,7 @@ WRONG = {
     int: ["3", 3.0, True, None, [3], 2**63, -(2**63) - 1, 10**400],
     float: ["0.5", True, None, [0.5], {}, 10**400],
     str: [3, True, None, ["digits"], {}],
+    str | None: [3, True, ["x"], {}],
     int | None: ["3", 3.0, True, [3], 2**63],
     float | None: ["0.5", True, [0.5]],
     tuple[float, ...]: ["0.5", 0.5, None, ["0.5"], [True], {}],

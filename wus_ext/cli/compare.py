@@ -9,7 +9,7 @@ from typing import Any
 
 from ..methods.table import METHODS
 from ..training.compare import CompareConfig, compare, read_compare
-from ..training.config import MODELS, TrainConfig
+from ..training.config import TrainConfig
 from ..training.errors import ConfigError
 from ..training.launch import launched_count
 from .faults import interrupted
@@ -33,8 +33,8 @@ def add(commands: Commands) -> None:
         epilog="example: wus-ext compare --models alexnet vgg11 --dataset cifar10 --seeds 3",
     )
     comparison.add_argument(
-        "--models", nargs="+", choices=MODELS, metavar="MODEL",
-        help=f"networks, of {', '.join(MODELS)} (default: vgg11)",
+        "--models", nargs="+", metavar="MODEL",
+        help="networks, as for train --model (default: vgg11)",
     )  # fmt: skip
     comparison.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="METHOD",

@@ -8,8 +8,9 @@ import torch
 
 from .. import packed_bytes, set_skip
 from .._machine import describe
-from ..training.config import MODELS, TrainConfig
+from ..training.config import TrainConfig
 from ..training.methods import build_model
+from ..training.networks import MODELS
 from .options import Commands, add_command
 
 __all__ = ["add"]

@@ -17,7 +17,7 @@ Commands = Any
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _GROUPS = {
-    "what to train": ("model", "dropout", "dataset", "method"),
+    "what to train": ("model", "weights", "dropout", "dataset", "method"),
     "optimisation": (
         *("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gamma"),
         *("milestones", "amp", "channels_last", "cuda_graphs", "device", "seed"),
@@ -32,7 +32,7 @@ _GROUPS = {
     ),
     "data": (
         *("data_dir", "download", "limit_train", "limit_test", "validation", "memory_budget"),
-        "workers",
+        *("workers", "image_size", "augment", "flip", "normalize"),
     ),
 }
 

@@ -56,6 +56,8 @@ def _train_here(given: dict[str, Any]) -> int:
     progress = Progress() if processes.rank() == 0 else None
     try:
         trainer = Trainer(config, out=out, resume=resume, progress=progress)
+        if progress and trainer.data.about:
+            progress.say(trainer.data.about)
         try:
             trainer.run()
         except Exception:

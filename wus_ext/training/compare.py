@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class CompareConfig:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"{name} must be one or more different names, got {list(values)}")
+        if len({self.base.replace(model=model).model_name() for model in self.models}) != len(
+            self.models
+        ):
+            raise ConfigError(f"models must differ in more than punctuation, got {self.models}")
         for model in self.models:
             for method in self.methods:
                 config = self.base.replace(model=model, method=method)
@@ -141,13 +145,17 @@ def compare(
 def _compare(
     config: CompareConfig, out: Path, target: float | None, say: Callable[[str], None] | None
 ) -> list[Run]:
-    data = load_data(config.base)
+    bases = [config.base.replace(model=model) for model in config.models]
+    data = _load(bases[0], say)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     write_atomic(out / "compare.json", lambda file: file.write(text.encode()))
     runs: list[Run] = []
-    for model in config.models:
+    for before, shared in pairwise([bases[0], *bases]):
+        model = shared.model
+        if _images(shared) != _images(before):
+            data = _load(shared, say)
         for seed in range(config.seeds):
-            base = config.base.replace(model=model, seed=seed)
+            base = shared.replace(seed=seed)
             methods = {name: base.replace(method=name) for name in config.ordered_methods()}
             histories = _train_in_turns(methods, out, data, verbose=say is not None)
             trained = [Run(model, name, seed, history) for name, history in histories.items()]
@@ -158,6 +166,18 @@ def _compare(
     if say:
         say(table)
     return runs
+
+
+def _load(config: TrainConfig, say: Callable[[str], None] | None) -> Data:
+    data = load_data(config)
+    if say and data.about:
+        say(data.about)
+    return data
+
+
+def _images(config: TrainConfig) -> object:
+    """What makes the images of one network other than those of another."""
+    return config.pixels(), config.normalisation() == "pretrained" and config.model
 
 
 def read_compare(out: str | Path) -> CompareConfig:
@@ -196,7 +216,7 @@ def _train_in_turns(
 ) -> dict[str, list[dict[str, Any]]]:
     """Train runs that have the same network and seed; returns their histories by name."""
     folders = {
-        name: out / config.model / f"{name.replace('+', '-')}-seed{config.seed}"
+        name: out / config.model_name() / f"{name.replace('+', '-')}-seed{config.seed}"
         for name, config in configs.items()
     }
     histories: dict[str, list[dict[str, Any]]] = {}
@@ -230,7 +250,7 @@ def _warm_up(trainer: Trainer) -> None:
     config = trainer.config
     batches = trainer.data.training_batches(config.batch_size, config.seed, 0, trainer.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    batch = itertools.islice(batches, 1)
+    batch = islice(batches, 1)
     train_epoch(model, batch, optimizer, device=trainer.device, amp=config.amp)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,23 @@ from ..distributed import processes
 from ..engine.options import ALGORITHMS, FULL, NORMS
 from ..methods.rules import LR_DROP, Settings
 from ..methods.table import METHODS
+from . import checks
 from .errors import ConfigError
-from .settings import check_types, from_plain, to_plain
+from .networks import MODELS, check_name
+from .settings import from_plain, to_plain
+from .weights import PRETRAINED
 
-__all__ = ["DATASETS", "MODELS", "TrainConfig"]
+__all__ = ["DATASETS", "TrainConfig"]
 
-MODELS = ("alexnet", "vgg11", "vgg11_bn", "vgg16", "vgg16_bn", "resnet18")
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
 SCHEDULES = ("constant", "cosine", "step")
 AMP = ("off", "bf16", "fp16")
 WATCH = ("train", "validation")
 MOMENTA = ("keep", "reset")
+AUGMENT = ("auto", "crop", "resized", "none")
+NORMALIZE = ("auto", "dataset", "imagenet", "half")
+#: From this size on images are photographs, of which any part shows the class.
+_LARGE = 64
 
 _POLICY = Settings()
 
@@ -49,7 +55,21 @@ class TrainConfig:
     wus_ext.training.errors.ConfigError: epochs must be at least 1, got -1
     """
 
-    model: str = option("vgg11", "network, in its form for 32x32 images", choices=MODELS)
+    model: str = option(
+        "vgg11",
+        f"network: {', '.join(MODELS)} in their forms for 32x32 images, torchvision:NAME, "
+        "timm:NAME, or path/file.py:function, which is called with the number of classes",
+        metavar="MODEL",
+        check=check_name,
+    )
+    weights: str | None = option(
+        None,
+        "weights to start from: a file (.safetensors, .pt), the folder of a run, or pretrained "
+        "(those of torchvision: and timm:); a last layer for other classes stays new",
+        type=str,
+        metavar="FILE",
+        unset="none, random ones",
+    )
     dataset: str = option(
         "digits",
         "images: digits (bundled with scikit-learn), cifar10 and cifar100 (downloaded), or folder "
@@ -174,6 +194,27 @@ class TrainConfig:
         2.0, "GiB of images to hold in memory; a larger folder is read from disk on the way"
     )
     workers: int = option(2, "processes that read images from disk, where they are not in memory")
+    image_size: int | None = option(
+        None,
+        "pixels of an image in each direction; those of a folder keep their aspect, the middle is "
+        "cut out",
+        type=int,
+        unset="32; of a folder, for networks that are not made for 32, 224",
+    )
+    augment: str = option(
+        "auto",
+        "of training images: crop (shifted by up to an eighth of their size), resized (random "
+        "parts of a folder's images, resized, as for ImageNet), none, or auto (resized for a "
+        f"folder and {_LARGE} pixels or more, else crop)",
+        choices=AUGMENT,
+    )
+    flip: bool = option(True, "mirror half of the training images (never digits)")
+    normalize: str = option(
+        "auto",
+        "mean and deviation that images are normalised with: dataset (of its training images), "
+        "imagenet, half (0.5), or auto (as the pretrained weights want it, else dataset)",
+        choices=NORMALIZE,
+    )
 
     def validate(self) -> None:
         """Check every setting.
@@ -181,62 +222,8 @@ class TrainConfig:
         Raises:
             ConfigError: naming the first setting that is wrong, its value and what is wanted.
         """
-        self.check_values()
-        self._check_machine()
-
-    def check_values(self) -> None:
-        """As :meth:`validate`, without what depends on the machine.
-
-        Raises:
-            ConfigError: as :meth:`validate`.
-        """
-        check_types(self)
-        for name, field in _FIELDS.items():
-            if "choices" in field.metadata:
-                _one_of(name, getattr(self, name), field.metadata["choices"])
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
-            _integer(name, getattr(self, name), least)
-        for name in ("limit_train", "limit_test"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
-        _number("dropout", self.dropout, "in [0, 1)", lambda x: 0 <= x < 1)
-        _number("lr", self.lr, "positive", lambda x: x > 0)
-        _number("momentum", self.momentum, "in [0, 1)", lambda x: 0 <= x < 1)
-        _number("weight_decay", self.weight_decay, "at least 0", lambda x: x >= 0)
-        _number("gamma", self.gamma, "in (0, 1)", lambda x: 0 < x < 1)
-        _number("validation", self.validation, "in [0, 1)", lambda x: 0 <= x < 1)
-        _number("memory_budget", self.memory_budget, "at least 0", lambda x: x >= 0)
-        if self.packed_budget is not None:
-            _number("packed_budget", self.packed_budget, "in [0, 2**33)", lambda x: 0 <= x < 2**33)
-        _number("lr_drop", self.lr_drop, "in (0, 1)", lambda x: 0 < x < 1)
-        _number("bias_lr", self.bias_lr, "positive", lambda x: x > 0)
-        if self.full_every is not None:
-            _integer("full_every", self.full_every, 2)
-        for milestone in self.milestones:
-            _number("milestones", milestone, "fractions in (0, 1)", lambda x: 0 < x < 1)
-        try:
-            Settings(**self.policy_settings())
-        except (TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from error
-        if self.watch == "validation" and self.validation == 0:
-            raise ConfigError("watch='validation' needs a validation fraction above 0")
-        if self.train_gamma and self.norm == "frozen":
-            raise ConfigError("train_gamma needs norm 'batch': a layer that trains is not frozen")
-        if METHODS[self.method].needs_schedule and self.schedule == "constant":
-            raise ConfigError(
-                f"method {self.method!r} needs the schedule 'cosine' or 'step', or use 'wus'"
-            )
-
-    def _check_machine(self) -> None:
-        if self.cuda_graphs and processes.count() > 1:
-            raise ConfigError("cuda_graphs needs a single process: messages are not recorded")
-        device = self.torch_device()
-        if self.cuda_graphs and device.type != "cuda":
-            raise ConfigError(f"cuda_graphs needs a GPU, and the device is {device}")
-        if self.cuda_graphs and self.amp == "fp16":
-            raise ConfigError(
-                "cuda_graphs needs amp 'off' or 'bf16': fp16 waits for the GPU to scale"
-            )
+        checks.values(self)
+        checks.machine(self)
 
     def skip_settings(self) -> dict[str, Any]:
         """The settings of :func:`wus_ext.convert`."""
@@ -279,9 +266,31 @@ class TrainConfig:
             raise ConfigError(f"device {str(device)!r} is not present: use cpu or auto")
         return device
 
+    def pixels(self) -> int:
+        """The size of an image in each direction."""
+        small = self.dataset != "folder" or self.model in MODELS
+        return self.image_size or (32 if small else 224)
+
+    def augmentation(self) -> str:
+        """What ``augment`` means here."""
+        if self.augment != "auto":
+            return self.augment
+        return "resized" if self.dataset == "folder" and self.pixels() >= _LARGE else "crop"
+
+    def normalisation(self) -> str:
+        """What ``normalize`` means here; ``pretrained``: what the pretrained weights want."""
+        if self.normalize != "auto":
+            return self.normalize
+        return "pretrained" if self.weights == PRETRAINED else "dataset"
+
+    def model_name(self) -> str:
+        """The model, as part of the name of a folder."""
+        return re.sub(r"[^\w.]+", "-", self.model).strip("-.")
+
     def run_name(self) -> str:
         """The default name of the run's folder."""
-        return f"{self.model}-{self.dataset}-{self.method.replace('+', '-')}-seed{self.seed}"
+        parts = (self.model_name(), self.dataset, self.method.replace("+", "-"))
+        return f"{'-'.join(parts)}-seed{self.seed}"
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed."""
@@ -299,7 +308,7 @@ class TrainConfig:
             ConfigError: a name is no setting, or a value is wrong on any machine.
         """
         config = from_plain(cls, values)
-        config.check_values()
+        checks.values(config)
         return config
 
     def data_path(self) -> Path:
@@ -307,22 +316,5 @@ class TrainConfig:
         return Path(self.data_dir).expanduser()
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-
 # Where things are, not what is computed: a run may resume with others.
 RELOCATABLE = frozenset({"data_dir", "download", "memory_budget", "workers", "device"})
-
-
-def _one_of(name: str, value: Any, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _integer(name: str, value: Any, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name} must be at least {least}, got {value}")
-
-
-def _number(name: str, value: Any, wanted: str, good: Any) -> None:
-    if not math.isfinite(value) or not good(value):
-        raise ConfigError(f"{name} must be {wanted}, got {value}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..distributed import processes
 from .augment import Normalize, crop_and_flip
@@ -15,12 +16,18 @@ from .config import TrainConfig
 from .digits import load_digits
 from .errors import DataError
 from .folder import scan_folder
+from .networks import pretrained_statistics
 from .seeding import generator
 from .splits import FileSplit, Split, balanced_order
+from .transforms import shorter_side
 
 __all__ = ["Data", "load_data"]
 
-_BYTES_PER_IMAGE = 3 * 32 * 32
+#: Mean and deviation of a channel, by the name of the setting.
+_STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 @dataclass
@@ -30,8 +37,12 @@ class Data:
     Args:
         train, validation, test: the images; ``validation`` may be ``None``.
         classes: names of the classes, by label.
-        normalize: with the statistics of ``train``.
+        normalize: what a network gets instead of bytes.
         flip: whether a mirrored image still shows its class.
+        augment: of training images: ``crop`` (shifted by up to an eighth of their size),
+            ``resized`` (random parts of the files' images, resized), or ``none``.
+        size: what images are enlarged or reduced to at last, in pixels; ``None``: as they are.
+        about: what was done with them, in a line.
     """
 
     train: Split
@@ -40,6 +51,9 @@ class Data:
     classes: list[str]
     normalize: Normalize
     flip: bool = True
+    augment: str = "crop"
+    size: int | None = None
+    about: str = ""
 
     def training_batches(
         self, size: int, seed: int, epoch: int, device: torch.device
@@ -57,20 +71,43 @@ class Data:
         order = order[: len(order) // together * together].view(-1, together)
         order = order[:, first : first + size].flatten()
         random = generator(device, seed, "augment", epoch)
-        for images, labels in self.train.batches(order, size):
-            images = crop_and_flip(images, random, flip=self.flip, first=first, of=together)
-            yield self.normalize(images), labels
+        if self.augment == "resized" and isinstance(self.train, FileSplit):
+            batches = self.train.batches(order, size, crops=(seed, "crop", epoch))
+        else:
+            batches = self.train.batches(order, size)
+        for images, labels in batches:
+            images = crop_and_flip(
+                images, random, padding=self._shift, flip=self.flip, first=first, of=together
+            )
+            yield self._prepared(images), labels
 
     def evaluation_batches(self, split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images of ``split``, normalised, in their order; of several processes each gets
         its part."""
         part = torch.arange(len(split)).tensor_split(processes.count())[processes.rank()]
         for images, labels in split.batches(part, size):
-            yield self.normalize(images), labels
+            yield self._prepared(images), labels
+
+    def sample(self) -> Tensor:
+        """The first images for test, two if there are so many, as evaluation has them."""
+        count = min(2, len(self.test))
+        images, _ = next(self.test.batches(torch.arange(count), count))
+        return self._prepared(images)
 
     def steps(self, size: int) -> int:
         """Batches that :meth:`training_batches` yields."""
         return len(self.train) // self._sizes(size)[1]
+
+    @property
+    def _shift(self) -> int:
+        return self.train.size // 8 if self.augment == "crop" else 0
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        images = self.normalize(images)
+        if self.size in (None, images.shape[-1]):
+            return images
+        smaller = self.size < images.shape[-1]
+        return interpolate(images, (self.size,) * 2, mode="bilinear", antialias=smaller)
 
     def _sizes(self, size: int) -> tuple[int, int]:
         """Images of a step in one process, and in all together."""
@@ -85,6 +122,7 @@ def load_data(config: TrainConfig) -> Data:
     """Load the dataset of ``config`` onto its device.
 
     Raises:
+        ConfigError: it is to be normalised as for pretrained weights that do not exist.
         DataError: it is missing, incomplete or unreadable, or a limit is below the class count.
         MissingExtra: it needs a package that is not installed.
     """
@@ -94,20 +132,22 @@ def load_data(config: TrainConfig) -> Data:
     validation = None
     if config.validation:
         train, validation = _hold_out(train, config.validation)
-    device = config.torch_device()
-    parts = [part for part in (train, validation, test) if part is not None]
-    size = sum(map(len, parts)) * _BYTES_PER_IMAGE
-    if size <= config.memory_budget * 2**30:
-        parts = [part.in_memory() if isinstance(part, FileSplit) else part for part in parts]
-    parts = [part.to(device) for part in parts]
-    return Data(
-        train=parts[0],
-        validation=parts[1] if validation is not None else None,
-        test=parts[-1],
+    parts = {"train": train, "test": test}
+    if validation is not None:
+        parts["validation"] = validation
+    parts = _held(parts, config)
+    data = Data(
+        train=parts["train"],
+        validation=parts.get("validation"),
+        test=parts["test"],
         classes=classes,
-        normalize=Normalize(*parts[0].statistics()).to(device),
-        flip=config.dataset != "digits",
+        normalize=Normalize(*_statistics(config, parts["train"])).to(config.torch_device()),
+        flip=config.flip and config.dataset != "digits",
+        augment=config.augmentation(),
+        size=config.pixels(),
     )
+    data.about = _about(config, data)
+    return data
 
 
 def _sources(config: TrainConfig) -> tuple[Split, Split, list[str]]:
@@ -115,11 +155,62 @@ def _sources(config: TrainConfig) -> tuple[Split, Split, list[str]]:
         if config.dataset == "digits":
             return load_digits()
         if config.dataset == "folder":
-            return scan_folder(config.data_path(), workers=config.workers)
+            return scan_folder(config.data_path(), **file_options(config))
         return load_cifar(config.dataset, config.data_path(), download=config.download)
     except OSError as error:
         where, reason = error.filename or config.data_path(), error.strerror or error
         raise DataError(f"cannot read {where}: {reason}") from error
+
+
+def file_options(config: TrainConfig) -> dict[str, int]:
+    """The settings of a :class:`FileSplit`."""
+    size = config.pixels()
+    side = shorter_side(size) if config.augmentation() == "resized" else size
+    return {"size": size, "side": side, "workers": config.workers}
+
+
+def _held(parts: dict[str, Split], config: TrainConfig) -> dict[str, Split]:
+    """The parts on their device: those that are always read alike in memory, if they fit."""
+    random = ("train",) if config.augmentation() == "resized" else ()
+    held = {name: part for name, part in parts.items() if name not in random}
+    if sum(3 * part.size**2 * len(part) for part in held.values()) <= config.memory_budget * 2**30:
+        for name, part in held.items():
+            parts[name] = part.in_memory() if isinstance(part, FileSplit) else part
+    device = config.torch_device()
+    return {name: part.to(device) for name, part in parts.items()}
+
+
+def _statistics(config: TrainConfig, train: Split) -> tuple[Tensor, Tensor]:
+    name = config.normalisation()
+    if name == "pretrained":
+        return pretrained_statistics(config.model)
+    if name == "dataset":
+        return train.statistics()
+    mean, std = _STATISTICS[name]
+    return torch.tensor(mean), torch.tensor(std)
+
+
+def _about(config: TrainConfig, data: Data) -> str:
+    counts = [f"{len(data.train)} for training", f"{len(data.test)} for test"]
+    if data.validation is not None:
+        counts.insert(1, f"{len(data.validation)} for validation")
+    size, own = config.pixels(), data.train.size
+    shape = f"{size}x{size}"
+    if config.dataset == "folder":
+        side = file_options(config)["side"]
+        shape += f" from the middle of each, whose shorter side is made {side}"
+    elif size != own:
+        shape += f", resized from {own}x{own}"
+    changes = {
+        "crop": [f"shifted by up to {data._shift} pixels"],
+        "resized": ["random parts, resized"],
+        "none": [],
+    }[data.augment] + ["mirrored"] * data.flip
+    return (
+        f"images: {config.dataset}, {', '.join(counts)}, {len(data.classes)} classes; {shape}; "
+        f"training images {' and '.join(changes) or 'as they are'}; "
+        f"normalised with {config.normalisation()} mean and deviation"
+    )
 
 
 def _limited(split: Split, limit: int | None, name: str, classes: int) -> Split:

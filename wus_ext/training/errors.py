@@ -62,12 +62,13 @@ def usable(folder: Path, verb: str = "use") -> Iterator[None]:
         raise ConfigError(f"cannot {verb} {folder} ({reason}): choose another --out") from error
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str, *, extra: str = "train") -> ModuleType:
     """Import an optional dependency.
 
     Args:
         module: dotted name of the module to import.
         purpose: what it is needed for, as the subject of a sentence ("the digits dataset").
+        extra: of this package, that brings it.
 
     Raises:
         MissingExtra: naming the module, the purpose and the extra that brings it.
@@ -76,5 +77,5 @@ def require(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtra(
-            f"{purpose} needs {module.partition('.')[0]}: pip install 'wus_ext[train]' ({error})"
+            f"{purpose} needs {module.partition('.')[0]}: pip install 'wus_ext[{extra}]' ({error})"
         ) from error

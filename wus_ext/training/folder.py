@@ -1,32 +1,34 @@
-"""Any tree of images: ``train/<class>/*`` and ``test/<class>/*``."""
+"""Any tree of images: ``train/<class>/*`` and ``test/<class>/*``, or ``val`` instead."""
 
 from __future__ import annotations
 
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import DataError, RunWarning
-from .images import decode_image
 from .splits import FileSplit
 
-__all__ = ["scan_folder"]
+__all__ = ["scan_folder", "scan_part"]
 
+#: What the part for tests is called; ImageNet's has the second name.
+_TESTS = ("test", "val")
 _SHOWN = 5
 
 
-def scan_folder(root: Path, *, workers: int = 0) -> tuple[FileSplit, FileSplit, list[str]]:
+def scan_folder(root: Path, **options: Any) -> tuple[FileSplit, FileSplit, list[str]]:
     """List the images under ``root`` without reading them.
 
     Args:
-        root: holds ``train`` and ``test``, each with one folder per class. Hidden files and
-            folders are ignored; every other file, or link to one, in the folder of a class counts
-            as an image. A warning counts and names whatever else there is, and images that are
-            not in the folder of a class itself: they are left out.
-        workers: processes that decode images when the set does not fit into memory.
+        root: holds ``train`` and ``test`` (or ``val``), each with one folder per class. Hidden
+            files and folders are ignored; every other file, or link to one, in the folder of a
+            class counts as an image. A warning counts and names whatever else there is, and images
+            that are not in the folder of a class itself: they are left out.
+        **options: as for :class:`FileSplit`: how images are made one size, and by how many workers.
 
     Raises:
         DataError: a part or a class is missing or empty, or train and test name other classes.
@@ -34,21 +36,44 @@ def scan_folder(root: Path, *, workers: int = 0) -> tuple[FileSplit, FileSplit, 
     """
     if not root.is_dir():
         raise DataError(f"no such folder: {root}")
-    classes = _classes(root / "train")
-    found = _classes(root / "test")
+    train, test = root / "train", _tests(root)
+    classes = _classes(train)
+    found = _classes(test)
     if found != classes:
         odd = sorted(set(classes) ^ set(found))
+        are = "is" if len(odd) == 1 else "are"
         raise DataError(
-            f"{root}: train and test must have the same classes, but {', '.join(odd[:_SHOWN])} "
-            f"{'is' if len(odd) == 1 else 'are'} in only one of them"
+            f"{root}: train and {test.name} must have the same classes, but "
+            f"{', '.join(odd[:_SHOWN])} {are} in only one of them"
         )
     if len(classes) < 2:
         raise DataError(f"{root}: found only the class {classes[0]}, at least 2 are needed")
-    return (
-        _split(root / "train", classes, workers),
-        _split(root / "test", classes, workers),
-        classes,
-    )
+    return _split(train, classes, options), _split(test, classes, options), classes
+
+
+def scan_part(root: Path, name: str, classes: Sequence[str], **options: Any) -> FileSplit:
+    """One part of the images under ``root``, of known classes; the other need not be there.
+
+    Args:
+        root, options: as for :func:`scan_folder`.
+        name: ``train`` or ``test``.
+        classes: their names; the part may lack some, and may have no others.
+
+    Raises:
+        DataError, OSError: as :func:`scan_folder`.
+    """
+    part = _tests(root) if name == "test" else root / name
+    found = _classes(part)
+    if odd := [name for name in found if name not in classes]:
+        raise DataError(
+            f"{part} has classes that the run did not train: {', '.join(odd[:_SHOWN])}; "
+            f"it trained {', '.join(classes[:_SHOWN])}{', ...' if len(classes) > _SHOWN else ''}"
+        )
+    return _split(part, list(classes), options, missing=set(classes) - set(found))
+
+
+def _tests(root: Path) -> Path:
+    return next((root / name for name in _TESTS if (root / name).is_dir()), root / _TESTS[0])
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -64,11 +89,15 @@ def _classes(part: Path) -> list[str]:
     return classes
 
 
-def _split(part: Path, classes: list[str], workers: int) -> FileSplit:
+def _split(
+    part: Path, classes: list[str], options: dict[str, Any], missing: Collection[str] = ()
+) -> FileSplit:
     paths: list[Path] = []
     labels: list[int] = []
     odd = [entry for entry in _entries(part) if not entry.is_dir()]
     for label, name in enumerate(classes):
+        if name in missing:
+            continue
         entries = _entries(part / name)
         files = [entry for entry in entries if entry.is_file()]
         left_out = [entry for entry in entries if not entry.is_file()]
@@ -85,7 +114,7 @@ def _split(part: Path, classes: list[str], workers: int) -> FileSplit:
             RunWarning,
             stacklevel=2,
         )
-    return FileSplit(paths, torch.tensor(labels), decode_image, workers)
+    return FileSplit(paths, torch.tensor(labels), **options)
 
 
 def _named(entries: Sequence[Path], part: Path) -> str:

@@ -1,7 +1,8 @@
-"""Any image file as 32x32 RGB."""
+"""Any image file as RGB of the wanted shape."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from .errors import DataError, require
 
-__all__ = ["SIZE", "decode_image"]
+__all__ = ["Shape", "decode_image"]
 
-SIZE = 32
+#: Makes Pillow's RGB image another one.
+Shape = Callable[[Any], Any]
 
 #: Tags of a TIFF file: bits of a value, and what the value 0 looks like.
 _BITS, _PHOTOMETRIC = 258, 262
@@ -21,12 +23,16 @@ _WHITE_IS_ZERO = 0
 _FULL_RANGE = ("PNG", "PPM", "JPEG2000")
 
 
-def decode_image(path: Path) -> Tensor:
-    """Read one image as uint8 of shape (3, 32, 32), resized when it has another size.
+def decode_image(path: Path, shape: Shape) -> Tensor:
+    """Read one image as uint8 of shape (3, height, width).
 
     What 8 bits hold comes out as from ``torchvision.datasets.ImageFolder``: converted to RGB by
     Pillow, which drops transparency without blending; an orientation in EXIF is not applied, and of
     several frames the first counts. Of 16 bits the upper 8 are kept, in grey as in colour.
+
+    Args:
+        path: the file.
+        shape: makes it as large as it is wanted.
 
     Raises:
         DataError: naming the file, when it is no readable image, or holds floating-point or 32-bit
@@ -35,13 +41,11 @@ def decode_image(path: Path) -> Tensor:
     image_module = require("PIL.Image", "the folder dataset")
     try:
         with image_module.open(path) as image:
-            image = _eight_bits(image, image_module).convert("RGB")
-            if image.size != (SIZE, SIZE):
-                image = image.resize((SIZE, SIZE), image_module.Resampling.BILINEAR)
+            image = shape(_eight_bits(image, image_module).convert("RGB"))
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"cannot read {path} as an image: {error}") from error
-    return pixels.view(SIZE, SIZE, 3).permute(2, 0, 1)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def _eight_bits(image: Any, image_module: Any) -> Any:

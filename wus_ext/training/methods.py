@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from .. import models
 from ..conversion.convert import convert, revert
 from ..conversion.windows import set_skip
 from ..methods.table import METHODS, Policy
 from .config import TrainConfig
 from .errors import ConfigError
+from .networks import MODELS, build_network
 
 __all__ = ["build_model", "build_policy", "build_scheduler", "check_layers"]
 
@@ -31,11 +31,7 @@ def build_model(
     if build is not None:
         model = build(classes)
     else:
-        name, _, suffix = config.model.partition("_")
-        options = {} if name == "resnet18" else {"dropout": config.dropout}
-        if suffix == "bn":
-            options["batch_norm"] = True
-        model = getattr(models, name)(num_classes=classes, **options)
+        model = build_network(config.model, classes, dropout=config.dropout)
     if not METHODS[config.method].converts:
         return revert(model)
     return convert(model, **config.skip_settings())
@@ -79,7 +75,8 @@ def check_layers(config: TrainConfig, model: nn.Module | None = None) -> None:
     if METHODS[config.method].build is None or not config.skip_layers:
         return
     if model is None:
-        with torch.device("meta"):  # names are all that is needed
+        # Names are all that is needed; others may compute with values as they are made.
+        with torch.device("meta" if config.model in MODELS else "cpu"):
             model = build_model(config, classes=2)
     try:
         set_skip(model, False, layers=config.skip_layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .errors import DataError
+from .images import Shape, decode_image
+from .seeding import generator
+from .transforms import centre, random_resized_crop
 
 __all__ = ["FileSplit", "MemorySplit", "Split", "balanced_order"]
+
+#: What random numbers are made from: see :func:`~wus_ext.training.seeding.generator`.
+Seed = tuple[int, *tuple[int | str, ...]]
+
+_CHUNK = 256
 
 
 class MemorySplit:
     """Images and labels held as tensors on one device.
 
     Args:
-        images: uint8, shape (N, 3, 32, 32).
+        images: uint8, shape (N, 3, height, width).
         labels: int64, shape (N,).
     """
 
@@ -29,6 +38,11 @@ class MemorySplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def size(self) -> int:
+        """Pixels in each direction."""
+        return self.images.shape[-1]
 
     def select(self, indices: Tensor) -> MemorySplit:
         """The images at ``indices``, in that order."""
@@ -45,12 +59,7 @@ class MemorySplit:
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel, shape (3,), in units of full brightness."""
-        total = torch.zeros(2, self.images.shape[1], dtype=torch.float64)
-        for part in self.images.split(4096):
-            part = part.double().div_(255)
-            total += torch.stack([part.sum((0, 2, 3)), part.square().sum((0, 2, 3))]).cpu()
-        mean, square = total / (self.images.numel() // self.images.shape[1])
-        return mean.float(), (square - mean.square()).clamp_min_(0).sqrt().float()
+        return _statistics(self.images.split(_CHUNK))
 
 
 class FileSplit:
@@ -59,41 +68,54 @@ class FileSplit:
     Args:
         paths: one file per image.
         labels: int64, shape (N,).
-        decode: reads one file as a uint8 tensor of shape (3, 32, 32).
+        size: pixels of an image in each direction.
+        side: what its shorter side is made before the middle is cut out; default: ``size``.
         workers: processes that decode; 0 decodes in this process.
     """
 
+    #: Images that stand for all in :meth:`statistics`.
     sample = 4096
 
     def __init__(
         self,
         paths: Sequence[Path],
         labels: Tensor,
-        decode: Callable[[Path], Tensor],
+        *,
+        size: int = 32,
+        side: int | None = None,
         workers: int = 0,
     ) -> None:
-        self.paths, self.labels, self.decode, self.workers = paths, labels, decode, workers
+        self.paths, self.labels = paths, labels
+        self.size, self.side, self.workers = size, side or size, workers
         self.device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def _with(self, paths: Sequence[Path], labels: Tensor) -> FileSplit:
+        return FileSplit(paths, labels, size=self.size, side=self.side, workers=self.workers)
+
     def select(self, indices: Tensor) -> FileSplit:
         """The images at ``indices``, in that order."""
-        paths = [self.paths[i] for i in indices.tolist()]
-        return FileSplit(paths, self.labels[indices], self.decode, self.workers)
+        return self._with([self.paths[i] for i in indices.tolist()], self.labels[indices])
 
     def to(self, device: torch.device) -> FileSplit:
         """The same files; their batches arrive on ``device``."""
-        other = FileSplit(self.paths, self.labels, self.decode, self.workers)
+        other = self._with(self.paths, self.labels)
         other.device = device
         return other
 
-    def batches(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of up to ``size`` images, visited in ``order``."""
+    def batches(
+        self, order: Tensor, size: int, *, crops: Seed | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of up to ``size`` images, visited in ``order``.
+
+        Args:
+            crops: seed of random crops that are resized; default: the middle of each image.
+        """
         on_gpu = self.device.type == "cuda"
         loader = DataLoader(
-            _Files(self),
+            _Files(self, crops),
             batch_sampler=[part.tolist() for part in order.split(size)],
             num_workers=self.workers,
             pin_memory=on_gpu,
@@ -109,27 +131,38 @@ class FileSplit:
             )
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """As :meth:`MemorySplit.statistics`, of up to 4096 images spread evenly over the split."""
-        return self.in_memory(max(1, len(self) // self.sample)).statistics()
+        """As :meth:`MemorySplit.statistics`, of about 4096 images spread evenly over the split."""
+        order = torch.arange(0, len(self), max(1, len(self) // self.sample))
+        return _statistics(images for images, _ in self.batches(order, _CHUNK))
 
-    def in_memory(self, every: int = 1) -> MemorySplit:
-        """Decode every ``every``-th image."""
-        images = [self.decode(path) for path in self.paths[::every]]
-        return MemorySplit(torch.stack(images), self.labels[::every])
+    def in_memory(self) -> MemorySplit:
+        """Decode every image."""
+        batches = list(self.batches(torch.arange(len(self)), _CHUNK))
+        return MemorySplit(torch.cat([images for images, _ in batches]), self.labels)
 
 
 class _Files(Dataset[Any]):
-    def __init__(self, split: FileSplit) -> None:
-        self.split = split
+    def __init__(self, split: FileSplit, crops: Seed | None) -> None:
+        self.split, self.crops = split, crops
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | DataError:
+        split = self.split
         try:
-            return self.split.decode(self.split.paths[index]), self.split.labels[index]
+            return decode_image(split.paths[index], self._shape(index)), split.labels[index]
         except DataError as error:  # raised in a worker, its message would be a traceback
             return error
+
+    def _shape(self, index: int) -> Shape:
+        split = self.split
+        if self.crops is None:
+            return partial(centre, size=split.size, side=split.side)
+        # Each image has random numbers of its own: workers and processes change nothing.
+        return partial(
+            random_resized_crop, size=split.size, generator=generator("cpu", *self.crops, index)
+        )
 
 
 def _collate(items: Sequence[tuple[Tensor, Tensor] | DataError]) -> Any:
@@ -137,21 +170,31 @@ def _collate(items: Sequence[tuple[Tensor, Tensor] | DataError]) -> Any:
     return errors[0] if errors else default_collate(list(items))
 
 
+def _statistics(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    total, pixels = torch.zeros(2, 3, dtype=torch.float64), 0
+    for part in parts:
+        pixels += part.numel() // part.shape[1]
+        part = part.double().div_(255)
+        total += torch.stack([part.sum((0, 2, 3)), part.square().sum((0, 2, 3))]).cpu()
+    mean, square = total / pixels
+    return mean.float(), (square - mean.square()).clamp_min_(0).sqrt().float()
+
+
 Split = MemorySplit | FileSplit
 
 
-def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+def balanced_order(labels: Tensor, random: torch.Generator) -> Tensor:
     """A shuffled order that takes one image of each class in turn: any prefix is class-balanced.
 
     Args:
         labels: int64, shape (N,), on the CPU.
-        generator: on the CPU.
+        random: on the CPU.
 
     >>> order = balanced_order(torch.tensor([0, 0, 0, 1, 1]), torch.Generator().manual_seed(0))
     >>> sorted(torch.tensor([0, 0, 0, 1, 1])[order[:4]].tolist())
     [0, 0, 1, 1]
     """
-    shuffled = torch.randperm(len(labels), generator=generator)
+    shuffled = torch.randperm(len(labels), generator=random)
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     counts = torch.bincount(labels)
     starts = counts.cumsum(0) - counts

@@ -20,11 +20,13 @@ from .data import Data, load_data
 from .errors import ConfigError, DataError, RunWarning, TrainingError
 from .loop import evaluate, train_epoch
 from .methods import build_model, build_policy, build_scheduler
+from .networks import check_forward
 from .progress import Progress
 from .runfolder import RunFolder
 from .seeding import mix
 from .skipping import skipped_epoch
 from .state import FORMAT
+from .weights import load_weights
 
 __all__ = ["Trainer", "train"]
 
@@ -89,6 +91,8 @@ class Trainer:
             self._set_up(data, build)
             if state is not None:
                 self._load_state_dict(state)
+            elif config.weights is not None:
+                self._say(load_weights(self.model, config.weights, config.model))
             if folder is not None:
                 processes.from_first(lambda: folder.begin(config, state))
                 self._finish()
@@ -102,6 +106,7 @@ class Trainer:
         self.data = data or _load_once(config)
         torch.manual_seed(mix(config.seed, "weights"))
         self.model = build_model(config, len(self.data.classes), build).to(self.device)
+        check_forward(self.model, self.data.sample(), len(self.data.classes), config.model)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.replica = self._replicate()
@@ -117,6 +122,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.history: list[dict[str, Any]] = []
         self.best_epoch = 0
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            self.progress.say(text)
 
     def _replicate(self) -> nn.Module:
         """The model as it trains: one of several replicas, or itself."""
