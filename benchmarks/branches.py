@@ -24,6 +24,7 @@ import wus_ext
 from wus_ext.training import Data, TrainConfig
 from wus_ext.training.loop import evaluate, train_epoch
 from wus_ext.training.methods import build_model
+from wus_ext.training.optimizers import build_optimizer
 from wus_ext.training.seeding import mix
 
 __all__ = ["Epoch", "Kept", "Missing", "Record", "Runs", "Store", "text"]
@@ -182,13 +183,7 @@ class Runs(Kept):
         torch.manual_seed(mix(config.seed, "weights"))
         self.model = build_model(config, len(data.classes), build).to(self.device)
         self.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True if self.device.type == "cpu" else None,
-        )
+        self.optimizer = build_optimizer(config, self.model)
         self._start = self._state()
         self._done: tuple[Epoch, ...] = ()
 

@@ -110,7 +110,7 @@ def test_an_interrupt_says_how_to_go_on(capsys, tmp_path, small, monkeypatch):
     monkeypatch.setattr(Trainer, "run_epoch", original)
     assert main(["train", "--resume", "--out", out]) == 0
     assert main(["train", "--resume", "--out", out, "--lr", "0.5", "--epochs", "9"]) == 2
-    assert "epochs is 3 there, 9 here; lr is 0.01 there, 0.5 here" in capsys.readouterr().err
+    assert "epochs is 3 there, 9 here; lr is None there, 0.5 here" in capsys.readouterr().err
 
 
 def test_a_diverged_training_is_code_1(capsys, tmp_path):

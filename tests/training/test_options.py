@@ -193,7 +193,7 @@ def test_the_bias_rate_is_the_learning_rate_of_a_skipped_epoch():
     by_hand.optimizer.param_groups[0]["lr"] *= 3.0
     assert moved(scaled) == moved(by_hand) == BIASES
     assert same(scaled, by_hand)
-    assert scaled.optimizer.param_groups[0]["lr"] == tiny.CONFIG.lr == scaled.history[-1]["lr"]
+    assert scaled.optimizer.param_groups[0]["lr"] == tiny.CONFIG.rate() == scaled.history[-1]["lr"]
 
 
 def test_scheduler_and_policy_see_the_schedule_not_the_bias_rate():

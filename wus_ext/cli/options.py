@@ -19,8 +19,9 @@ _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _GROUPS = {
     "what to train": ("model", "weights", "dropout", "dataset", "method"),
     "optimisation": (
-        *("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gamma"),
-        *("milestones", "amp", "channels_last", "cuda_graphs", "device", "seed"),
+        *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay"),
+        *("label_smoothing", "clip_grad_norm", "lr_warmup", "schedule", "gamma", "milestones"),
+        *("amp", "channels_last", "cuda_graphs", "device", "seed"),
     ),
     f"when to skip ({', '.join(SKIPPING)})": (
         *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "final_window"),

@@ -21,7 +21,7 @@ __all__ = ["machine", "values"]
 #: The least that an integer may be, where it is not None.
 _LEAST = {
     **{"epochs": 1, "batch_size": 1, "seed": 0, "workers": 0, "limit_train": 1, "limit_test": 1},
-    **{"full_every": 2, "image_size": 1},
+    **{"full_every": 2, "image_size": 1, "lr_warmup": 0},
 }
 #: What a number must be, where it is not None.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -29,6 +29,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("positive", lambda x: x > 0),
     "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
     "weight_decay": ("at least 0", lambda x: x >= 0),
+    "label_smoothing": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "clip_grad_norm": ("positive", lambda x: x > 0),
     "gamma": ("in (0, 1)", lambda x: 0 < x < 1),
     "validation": ("in [0, 1)", lambda x: 0 <= x < 1),
     "memory_budget": ("at least 0", lambda x: x >= 0),
@@ -73,6 +75,10 @@ def _together(config: TrainConfig) -> None:
         raise ConfigError("augment='resized' needs the dataset 'folder', or use 'crop'")
     if config.train_gamma and config.norm == "frozen":
         raise ConfigError("train_gamma needs norm 'batch': a layer that trains is not frozen")
+    if config.lr_warmup >= config.epochs:
+        raise ConfigError(
+            f"lr_warmup must be less than the {config.epochs} epochs, got {config.lr_warmup}"
+        )
     if METHODS[config.method].needs_schedule and config.schedule == "constant":
         raise ConfigError(
             f"method {config.method!r} needs the schedule 'cosine' or 'step', or use 'wus'"

@@ -25,6 +25,8 @@ from .weights import PRETRAINED
 __all__ = ["DATASETS", "TrainConfig"]
 
 DATASETS = ("digits", "cifar10", "cifar100", "folder")
+#: The learning rate of each, unless another is given.
+OPTIMIZERS = {"sgd": 0.01, "adamw": 0.001}
 SCHEDULES = ("constant", "cosine", "step")
 AMP = ("off", "bf16", "fp16")
 WATCH = ("train", "validation")
@@ -88,9 +90,27 @@ class TrainConfig:
     batch_size: int = option(
         128, "images per step, of each process; an incomplete last batch is left out"
     )
-    lr: float = option(0.01, "initial learning rate of SGD")
+    optimizer: str = option("sgd", "sgd or adamw", choices=OPTIMIZERS)
+    lr: float | None = option(
+        None,
+        "learning rate before the schedule falls",
+        type=float,
+        unset=", ".join(f"{rate} with {name}" for name, rate in OPTIMIZERS.items()),
+    )
     momentum: float = option(0.9, "momentum of SGD, in [0, 1)")
-    weight_decay: float = option(5e-4, "L2 penalty of SGD")
+    weight_decay: float = option(5e-4, "L2 penalty of SGD, decoupled weight decay of AdamW")
+    label_smoothing: float = option(
+        0.0, "part of each training label that is spread over all classes, in [0, 1)"
+    )
+    clip_grad_norm: float | None = option(
+        None,
+        "largest norm of all gradients together; larger ones are scaled down to it",
+        type=float,
+        unset="none",
+    )
+    lr_warmup: int = option(
+        0, "epochs in which the learning rate rises evenly, before the schedule begins"
+    )
     schedule: str = option(
         "cosine",
         "learning rate by epoch, for every method: constant, cosine (to zero), or step (times "
@@ -265,6 +285,10 @@ class TrainConfig:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"device {str(device)!r} is not present: use cpu or auto")
         return device
+
+    def rate(self) -> float:
+        """The learning rate before the schedule falls."""
+        return OPTIMIZERS[self.optimizer] if self.lr is None else self.lr
 
     def pixels(self) -> int:
         """The size of an image in each direction."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
 
 from ..conversion.convert import packed_bytes
 from ..distributed import processes
@@ -89,6 +90,8 @@ def train_epoch(
     device: torch.device,
     amp: str = "off",
     scaler: torch.amp.GradScaler | None = None,
+    label_smoothing: float = 0.0,
+    clip_grad_norm: float | None = None,
     on_step: Callable[[Totals], None] | None = None,
     cuda_graphs: bool = False,
     begin: Callable[[int], bool] = lambda step: False,
@@ -98,11 +101,14 @@ def train_epoch(
     Args:
         batches: pairs of images (N, C, H, W) and labels (N,) on ``device``.
         scaler: for fp16; ``None`` stands for a disabled one.
+        label_smoothing: see :func:`torch.nn.functional.cross_entropy`.
+        clip_grad_norm: largest norm of all gradients together; ``None`` for any.
         on_step: called after each step with the sums so far.
         cuda_graphs: replay recorded steps; needs a GPU and no ``scaler``.
         begin: called before each step with its number, from 0; says whether it is a skip step.
     """
     model.train()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +116,11 @@ def train_epoch(
         watched = memory.of_forward(model, images, labels, skipping=skipping)
         with autocast(device, amp), watched:
             output = model(images)
-            loss = cross_entropy(output, labels)
+            loss = cross_entropy(output, labels, label_smoothing=label_smoothing)
         scaler.scale(loss).backward()
+        if clip_grad_norm is not None:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(parameters, clip_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         return loss.detach(), output.detach()

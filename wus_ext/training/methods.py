@@ -15,7 +15,7 @@ from .config import TrainConfig
 from .errors import ConfigError
 from .networks import MODELS, build_network
 
-__all__ = ["build_model", "build_policy", "build_scheduler", "check_layers"]
+__all__ = ["build_model", "build_policy", "check_layers"]
 
 
 def build_model(
@@ -35,18 +35,6 @@ def build_model(
     if not METHODS[config.method].converts:
         return revert(model)
     return convert(model, **config.skip_settings())
-
-
-def build_scheduler(
-    config: TrainConfig, optimizer: torch.optim.Optimizer
-) -> lr_scheduler.LRScheduler | None:
-    """The scheduler of ``config``, to be stepped once an epoch; ``None`` for a constant rate."""
-    if config.schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs)
-    if config.schedule == "step":
-        milestones = sorted({max(1, round(part * config.epochs)) for part in config.milestones})
-        return lr_scheduler.MultiStepLR(optimizer, milestones, gamma=config.gamma)
-    return None
 
 
 def build_policy(

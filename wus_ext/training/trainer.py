@@ -19,10 +19,12 @@ from .config import TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError, DataError, RunWarning, TrainingError
 from .loop import evaluate, train_epoch
-from .methods import build_model, build_policy, build_scheduler
+from .methods import build_model, build_policy
 from .networks import check_forward
+from .optimizers import build_optimizer, check_state, momentum_of
 from .progress import Progress
 from .runfolder import RunFolder
+from .schedules import build_scheduler
 from .seeding import mix
 from .skipping import skipped_epoch
 from .state import FORMAT
@@ -110,13 +112,7 @@ class Trainer:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.replica = self._replicate()
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True if self.device.type == "cpu" else None,  # the fastest of each device
-        )
+        self.optimizer = build_optimizer(config, self.model)
         self.scheduler = build_scheduler(config, self.optimizer)
         self.policy = build_policy(config, self.replica, self.scheduler)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -172,6 +168,8 @@ class Trainer:
                     device=self.device,
                     amp=config.amp,
                     scaler=self.scaler,
+                    label_smoothing=config.label_smoothing,
+                    clip_grad_norm=config.clip_grad_norm,
                     on_step=on_step,
                     cuda_graphs=config.cuda_graphs,
                     begin=begin,
@@ -241,7 +239,7 @@ class Trainer:
             if not self.policy.step(accuracy) and self.config.window_momentum == "reset":
                 # Zero is as good as none, which torch's fused SGD takes for all or nothing.
                 for weight in stood_still:
-                    momentum = self.optimizer.state[weight].get("momentum_buffer")
+                    momentum = momentum_of(self.optimizer, weight)
                     if momentum is not None:
                         momentum.zero_()
 
@@ -293,10 +291,7 @@ class Trainer:
                 if owner:
                     owner.load_state_dict(state[name])
             self.scaler.load_state_dict(state["scaler"])
-            for parameter, values in self.optimizer.state.items():
-                momentum = values.get("momentum_buffer")
-                if momentum is not None and momentum.shape != parameter.shape:
-                    raise ValueError(f"momentum of {list(momentum.shape)}")
+            check_state(self.optimizer)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise DataError(f"{folder.last} does not fit the settings ({reason})") from error
