@@ -30,7 +30,7 @@ import paper
 import paper_tables
 from common import machine, table
 
-from wus_ext.methods.table import BASELINE, METHODS
+from wus_ext.methods.table import BASELINE, SKIPPING
 from wus_ext.training import ConfigError, DataError, TrainConfig
 from wus_ext.training.compare import CompareConfig, compare
 from wus_ext.training.report import targets
@@ -52,7 +52,7 @@ def settings(args: argparse.Namespace) -> CompareConfig:
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     base = TrainConfig(**SHARED, **(PROTOCOLS[args.protocol] | given))
     return CompareConfig(
-        base=base, models=(args.network,), methods=tuple(METHODS), seeds=args.seeds
+        base=base, models=(args.network,), methods=(BASELINE, "fused", *SKIPPING), seeds=args.seeds
     )
 
 

@@ -61,13 +61,19 @@ def add_command(
     return parser
 
 
-def add_config(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:
-    """Add an option for each field of :class:`TrainConfig` except those to ``skip``."""
+def add_config(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> dict[str, Any]:
+    """Add an option for each field of :class:`TrainConfig` except those to ``skip``.
+
+    Returns:
+        The groups of options, by their titles.
+    """
+    groups: dict[str, Any] = {}
     for title, names in _GROUPS.items():
-        group = parser.add_argument_group(title)
+        group = groups[title] = parser.add_argument_group(title)
         for name in names:
             if name not in skip:
                 _add_option(group, name)
+    return groups
 
 
 def _add_option(group: Any, name: str) -> None:

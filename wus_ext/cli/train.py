@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed import processes
+from ..methods.table import METHODS
 from ..training.config import TrainConfig
 from ..training.errors import ConfigError
 from ..training.launch import launched
@@ -16,6 +17,8 @@ from .faults import interrupted
 from .options import Commands, add_command, add_config, add_folder
 
 __all__ = ["add"]
+
+_RECIPES = [name for name, method in METHODS.items() if method.always]
 
 
 def add(commands: Commands) -> None:
@@ -30,12 +33,34 @@ def add(commands: Commands) -> None:
         epilog="example: wus-ext train --model vgg16 --dataset cifar10 --method wus --epochs 60. "
         "In several processes: torchrun --nproc-per-node 2 -m wus_ext train ...",
     )
-    add_config(train)
+    group = add_config(train)["what to train"]
+    group.add_argument(
+        "--train",
+        choices=_RECIPES,
+        help="what trains in fine-tuning: biases is --method biases, head is --method head "
+        "(default: as --method has it)",
+    )
+    group.add_argument(
+        "--freeze-backbone", action="store_const", const="head", help="the same as --train head"
+    )
     add_folder(
         train,
         "runs/MODEL-DATASET-METHOD-seedSEED",
         "the run in --out after its last finished epoch",
     )
+
+
+def _recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with a recipe in the place of its one word."""
+    method = given.get("method")
+    for word in ("train", "freeze_backbone"):
+        if (recipe := given.pop(word, None)) is None:
+            continue
+        if method not in (None, recipe):
+            flag = f"--train {recipe}" if word == "train" else "--freeze-backbone"
+            raise ConfigError(f"{flag} is --method {recipe}: leave the {method!r} out")
+        method = given["method"] = recipe
+    return given
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -44,6 +69,7 @@ def _train(given: dict[str, Any]) -> int:
 
 
 def _train_here(given: dict[str, Any]) -> int:
+    given = _recipe(given)
     out, resume = given.pop("out", None), given.pop("resume", False)
     if resume:
         if out is None:

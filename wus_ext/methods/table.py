@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..conversion.selection import Layers
+from .always import AlwaysSkip
 from .policy import WUS, WUSLR
 
 __all__ = ["BASELINE", "METHODS", "SKIPPING", "Method", "Policy"]
@@ -53,7 +54,9 @@ class Method:
             of :class:`~wus_ext.methods.rules.Settings`); None: weights train in every epoch.
         converts: whether the model is converted at all.
         full: ``convert``'s setting of that name, where the method and not the user decides it.
+        norm: the same for its setting of that name.
         needs_schedule: whether it makes sense only with a learning rate that changes.
+        always: whether every epoch skips, so that there are no windows.
     """
 
     name: str
@@ -63,7 +66,9 @@ class Method:
     build: Callable[..., Policy] | None = None
     converts: bool = True
     full: str | None = None
+    norm: str | None = None
     needs_schedule: bool = False
+    always: bool = False
 
 
 def _wus(model: nn.Module, scheduler: Any, *, lr_drop: float, **settings: Any) -> Policy:
@@ -72,6 +77,14 @@ def _wus(model: nn.Module, scheduler: Any, *, lr_drop: float, **settings: Any) -
 
 def _wus_lr(model: nn.Module, scheduler: Any, **settings: Any) -> Policy:
     return WUSLR(model, scheduler, step_scheduler=False, **settings)
+
+
+def _biases(model: nn.Module, scheduler: Any, *, layers: Any, **settings: Any) -> Policy:
+    return AlwaysSkip(model, layers=layers)
+
+
+def _head(model: nn.Module, scheduler: Any, *, layers: Any, **settings: Any) -> Policy:
+    return AlwaysSkip(model, layers=layers, skip_biases=True)
 
 
 _ROWS = (
@@ -104,8 +117,25 @@ _ROWS = (
         build=_wus_lr,
         needs_schedule=True,
     ),
+    Method(
+        name="biases",
+        label="biases",
+        colour="#CC79A7",
+        about="biases and the last layer alone train, in every step (fine-tuning)",
+        build=_biases,
+        always=True,
+    ),
+    Method(
+        name="head",
+        label="last layer",
+        colour="#E69F00",
+        about="the last layer alone trains, statistics of batch norm stand still (fine-tuning)",
+        build=_head,
+        norm="frozen",
+        always=True,
+    ),
 )
 #: By name, in the order of tables and pictures.
 METHODS = {method.name: method for method in _ROWS}
-#: Those that have a policy.
-SKIPPING = tuple(name for name, method in METHODS.items() if method.build)
+#: Those that open windows.
+SKIPPING = tuple(name for name, method in METHODS.items() if method.build and not method.always)

@@ -73,8 +73,11 @@ def _together(config: TrainConfig) -> None:
         raise ConfigError("watch='validation' needs a validation fraction above 0")
     if config.augmentation() == "resized" and config.dataset != "folder":
         raise ConfigError("augment='resized' needs the dataset 'folder', or use 'crop'")
-    if config.train_gamma and config.norm == "frozen":
-        raise ConfigError("train_gamma needs norm 'batch': a layer that trains is not frozen")
+    if config.train_gamma and config.skip_settings()["norm"] == "frozen":
+        instead = "" if config.norm == "frozen" else f", and method {config.method!r} freezes them"
+        raise ConfigError(
+            f"train_gamma needs norm 'batch': a layer that trains is not frozen{instead}"
+        )
     if config.lr_warmup >= config.epochs:
         raise ConfigError(
             f"lr_warmup must be less than the {config.epochs} epochs, got {config.lr_warmup}"

@@ -250,7 +250,7 @@ class TrainConfig:
         budget = "auto" if self.packed_budget is None else int(self.packed_budget * 2**30)
         return {
             "skip_gamma": not self.train_gamma,
-            "norm": self.norm,
+            "norm": METHODS[self.method].norm or self.norm,
             "algo": self.algo,
             "memory_budget": budget,
             "full": METHODS[self.method].full or self.full,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from ..conversion.convert import convert, revert
-from ..conversion.windows import set_skip
+from ..conversion.windows import set_skip, skip_weight_updates, trains_nothing
 from ..methods.table import METHODS, Policy
 from .config import TrainConfig
 from .errors import ConfigError
@@ -43,7 +43,7 @@ def build_policy(
     """Who decides when ``config``'s run skips; ``None`` without skipping.
 
     Raises:
-        ConfigError: ``skip_layers`` means no layer of ``model``.
+        ConfigError: ``skip_layers`` means no layer of ``model``, or nothing would ever train.
     """
     build = METHODS[config.method].build
     if build is None:
@@ -51,7 +51,19 @@ def build_policy(
     check_layers(config, model)
     layers = config.skip_layers or None
     settings = config.policy_settings()
-    return build(model, scheduler, layers=layers, lr_drop=config.lr_drop, **settings)
+    try:
+        with skip_weight_updates(model, layers=layers):
+            nothing = trains_nothing(model)
+        policy = build(model, scheduler, layers=layers, lr_drop=config.lr_drop, **settings)
+    except ValueError as error:
+        setting = "skip_" if str(error).startswith("layers") else ""
+        raise ConfigError(f"{setting}{error}") from error
+    if nothing and not METHODS[config.method].always:
+        raise ConfigError(
+            f"model {config.model!r} has no bias, so nothing would train in a skip window: use "
+            "--skip-layers, --train-gamma if it has norm layers, or --method baseline"
+        )
+    return policy
 
 
 def check_layers(config: TrainConfig, model: nn.Module | None = None) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..distributed import processes
 from ..engine.parameters import skipped_now
+from ..methods.table import METHODS
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError, DataError, RunWarning, TrainingError
@@ -212,11 +213,12 @@ class Trainer:
         """What to call before each step of the epoch; it says whether the step skips."""
         if self.policy is None or not self.policy.skipping:
             return nullcontext(lambda step: False)
+        method = METHODS[self.config.method]
         return skipped_epoch(
             self.replica,
             self.optimizer,
             layers=self.policy.layers,
-            full_every=self.config.full_every,
+            full_every=None if method.always else self.config.full_every,
             bias_lr=self.config.bias_lr,
         )
 
