@@ -55,7 +55,7 @@ def add(commands: Commands) -> None:
         help="also tell when the test accuracy reached this many percent (default: the baseline's "
         "last accuracy less 1)",
     )  # fmt: skip
-    add_config(comparison, skip=("model", "method", "seed"))
+    add_config(comparison, skip=("model", "method", "seed", "early_stop"))
     add_folder(comparison, "runs/compare-DATASET", "the comparison in --out where it stopped")
 
 

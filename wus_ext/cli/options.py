@@ -19,7 +19,7 @@ _FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 _GROUPS = {
     "what to train": ("model", "weights", "dropout", "dataset", "method"),
     "optimisation": (
-        *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay"),
+        *("epochs", "early_stop", "batch_size", "optimizer", "lr", "momentum", "weight_decay"),
         *("label_smoothing", "clip_grad_norm", "lr_warmup", "schedule", "gamma", "milestones"),
         *("amp", "channels_last", "cuda_graphs", "device", "seed"),
     ),

@@ -96,6 +96,11 @@ def _train_here(given: dict[str, Any]) -> int:
         return 0
     last, best = trainer.history[-1], trainer.history[trainer.best_epoch - 1]
     seconds = sum(record["train_seconds"] for record in trainer.history)
+    if last["epoch"] < config.epochs:
+        progress.say(
+            f"stopped before epoch {last['epoch'] + 1} of {config.epochs}: no better validation "
+            f"accuracy in {config.early_stop} epochs"
+        )
     progress.say(
         f"done: test accuracy {last['test_accuracy']:.2f} % after {last['epoch']} epochs, "
         f"best epoch {best['epoch']} ({best['test_accuracy']:.2f} %), {seconds:.1f} s of training, "

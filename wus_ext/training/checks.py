@@ -21,7 +21,7 @@ __all__ = ["machine", "values"]
 #: The least that an integer may be, where it is not None.
 _LEAST = {
     **{"epochs": 1, "batch_size": 1, "seed": 0, "workers": 0, "limit_train": 1, "limit_test": 1},
-    **{"full_every": 2, "image_size": 1, "lr_warmup": 0},
+    **{"full_every": 2, "image_size": 1, "lr_warmup": 0, "early_stop": 1},
 }
 #: What a number must be, where it is not None.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -71,6 +71,8 @@ def values(config: TrainConfig) -> None:
 def _together(config: TrainConfig) -> None:
     if config.watch == "validation" and config.validation == 0:
         raise ConfigError("watch='validation' needs a validation fraction above 0")
+    if config.early_stop is not None and config.validation == 0:
+        raise ConfigError("early_stop needs a validation fraction above 0")
     if config.augmentation() == "resized" and config.dataset != "folder":
         raise ConfigError("augment='resized' needs the dataset 'folder', or use 'crop'")
     if config.train_gamma and config.skip_settings()["norm"] == "frozen":

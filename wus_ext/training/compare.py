@@ -60,6 +60,8 @@ class CompareConfig:
         check_types(self)
         if self.seeds < 1:
             raise ConfigError(f"seeds must be at least 1, got {self.seeds!r}")
+        if self.base.early_stop is not None:
+            raise ConfigError("early_stop is not for comparisons: they train all runs to the end")
         for name in ("models", "methods"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):

@@ -87,6 +87,12 @@ class TrainConfig:
     dropout: float = option(0.5, "of AlexNet's and VGG's linear layers, in [0, 1)")
 
     epochs: int = option(30, "passes over the training images")
+    early_stop: int | None = option(
+        None,
+        "stop after so many epochs without a better validation accuracy (needs --validation)",
+        type=int,
+        unset="never",
+    )
     batch_size: int = option(
         128, "images per step, of each process; an incomplete last batch is left out"
     )

@@ -18,11 +18,15 @@ from .config import RELOCATABLE, TrainConfig
 from .errors import ConfigError, DataError, RunWarning, StorageError, usable
 from .files import link_atomic, remove_temporary, write_atomic
 from .interrupts import uninterrupted
+from .length import check_length
 from .lock import FolderLock
 from .settings import differences, reading
 from .state import lines, read_records, read_state
 
 __all__ = ["RunFolder", "is_free"]
+
+#: What a resumed run may have otherwise; its length only if that changes no epoch so far.
+_CHANGEABLE = RELOCATABLE | {"epochs"}
 
 
 class RunFolder:
@@ -87,7 +91,7 @@ class RunFolder:
         with self._lock.writing(), uninterrupted():
             for path in (self.last, self.previous, self.best, self.metrics, self._config):
                 remove_temporary(path)
-            if not self.exists():
+            if not self.exists() or self.read_config().epochs != config.epochs:
                 content = {"config": config.to_dict(), "environment": _environment(config)}
                 self._write(self._config, json.dumps(content, indent=2) + "\n")
             self._agree(state)
@@ -193,7 +197,7 @@ class RunFolder:
                 raise ConfigError(f"{self.path} exists and is no run: choose another --out")
             return
         saved, wanted = self.read_config().to_dict(), config.to_dict()
-        if found := differences(saved, wanted, ("there", "here"), ignore=RELOCATABLE):
+        if found := differences(saved, wanted, ("there", "here"), ignore=_CHANGEABLE):
             raise ConfigError(f"cannot resume {self.path}: {'; '.join(found)}")
 
     def _read(self, config: TrainConfig) -> dict[str, Any] | None:
@@ -207,10 +211,11 @@ class RunFolder:
             raise DataError(f"{error}; {self._instead()}") from error
         where = (f"in {self._config}", f"in {self.last}")
         saved, wanted = config.to_dict(), state["config"].to_dict()
-        if found := differences(saved, wanted, where, ignore=RELOCATABLE):
+        if found := differences(saved, wanted, where, ignore=_CHANGEABLE):
             raise ConfigError(
                 f"cannot resume {self.path}: {'; '.join(found)}; put config.json back as it was"
             )
+        check_length(config, state["config"], state["epoch"], self.path)
         return state
 
     def _instead(self) -> str:

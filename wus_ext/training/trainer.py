@@ -19,6 +19,7 @@ from ..methods.table import METHODS
 from .config import TrainConfig
 from .data import Data, load_data
 from .errors import ConfigError, DataError, RunWarning, TrainingError
+from .length import final_window, last_epoch, stopped_at
 from .loop import evaluate, train_epoch
 from .methods import build_model, build_policy
 from .networks import check_forward
@@ -134,7 +135,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done."""
-        return len(self.history) >= self.config.epochs
+        return len(self.history) >= last_epoch(self.config, self.history)
 
     def run(self) -> list[dict[str, Any]]:
         """Train the epochs that are left; returns :attr:`history`."""
@@ -250,12 +251,21 @@ class Trainer:
         watched = "test" if record["validation_accuracy"] is None else "validation"
         key = f"{watched}_accuracy"
         self.history.append(record)
+        self._stop_early()
         best = not self.best_epoch or record[key] > self.history[self.best_epoch - 1][key]
         if best:
             self.best_epoch = record["epoch"]
         if self.folder and processes.rank() == 0:
             self.folder.save(self.state_dict(), best=best)
             self._finish()
+
+    def _stop_early(self) -> None:
+        """Open the final window of a run that is to end before its time."""
+        epoch = len(self.history)
+        if final_window(self.config) and epoch == stopped_at(self.history, self.config.early_stop):
+            finish = getattr(self.policy, "finish", None)
+            if finish is not None:
+                finish()
 
     def _finish(self) -> None:
         if self.folder and self.finished and processes.rank() == 0:
