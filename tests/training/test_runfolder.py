@@ -1,6 +1,7 @@
 """The folder of a run: nothing lost, nothing taken for what it is not, nothing in silence."""
 
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -91,7 +92,7 @@ def test_a_run_folder_holds_settings_metrics_and_checkpoints(tmp_path):
     run.run()
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "best.pt", "config.json", "last.pt", "metrics.jsonl"
+        "best.pt", "config.json", "last.pt", "metrics.csv", "metrics.jsonl"
     ]  # fmt: skip
     content = json.loads((folder / "config.json").read_text())
     assert TrainConfig.from_dict(content["config"]) == run.config
@@ -100,6 +101,19 @@ def test_a_run_folder_holds_settings_metrics_and_checkpoints(tmp_path):
         assert torch.load(folder / name, weights_only=True)["epoch"] == epoch
     accuracies = [record["test_accuracy"] for record in run.history]
     assert run.best_epoch == 1 + accuracies.index(max(accuracies))
+
+
+def test_the_metrics_are_a_table_too(run):
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    history = RunFolder(run).history()
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert [float(row["test_loss"]) for row in rows] == [r["test_loss"] for r in history]
+    assert {row["validation_accuracy"] for row in rows} == {""}
+    assert list(rows[0]) == list(history[0])
+    (run / "metrics.csv").write_text("epoch\n1\n")
+    trainer(out=run, resume=True).run()
+    assert len((run / "metrics.csv").read_text().splitlines()) == 5
 
 
 def test_the_epoch_before_is_kept_until_the_run_is_finished(tmp_path):

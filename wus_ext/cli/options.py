@@ -21,7 +21,7 @@ _GROUPS = {
     "optimisation": (
         *("epochs", "early_stop", "batch_size", "optimizer", "lr", "momentum", "weight_decay"),
         *("label_smoothing", "clip_grad_norm", "lr_warmup", "schedule", "gamma", "milestones"),
-        *("amp", "channels_last", "cuda_graphs", "device", "seed"),
+        *("amp", "channels_last", "cuda_graphs", "device", "seed", "tensorboard"),
     ),
     f"when to skip ({', '.join(SKIPPING)})": (
         *("watch", "threshold", "patience", "max_window", "warmup", "min_open", "final_window"),

@@ -12,6 +12,7 @@ from ..methods.rules import Settings
 from ..methods.table import METHODS
 from .errors import ConfigError
 from .settings import check_types
+from .tensorboard import check_tensorboard
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -95,9 +96,12 @@ def machine(config: TrainConfig) -> None:
 
     Raises:
         ConfigError: as :func:`values`.
+        MissingExtra: a package is not installed.
     """
     if config.cuda_graphs and processes.count() > 1:
         raise ConfigError("cuda_graphs needs a single process: messages are not recorded")
+    if config.tensorboard:
+        check_tensorboard()
     device = config.torch_device()
     if config.cuda_graphs and device.type != "cuda":
         raise ConfigError(f"cuda_graphs needs a GPU, and the device is {device}")

@@ -203,6 +203,10 @@ class TrainConfig:
         None, "GiB that transformed weights may take (skipped epochs; --full fused)", type=float
     )
 
+    tensorboard: bool = option(
+        False, "also write the records as scalars for TensorBoard, to OUT/tensorboard"
+    )
+
     data_dir: str = option(
         "data", "where the dataset is, or is downloaded to; for folder: the folder of train, test"
     )
@@ -347,4 +351,6 @@ class TrainConfig:
 
 
 # Where things are, not what is computed: a run may resume with others.
-RELOCATABLE = frozenset({"data_dir", "download", "memory_budget", "workers", "device"})
+RELOCATABLE = frozenset(
+    {"data_dir", "download", "memory_budget", "workers", "device", "tensorboard"}
+)

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, last.pt, previous.pt and best.pt."""
+"""The folder of a run: its settings, its metrics and its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .interrupts import uninterrupted
 from .length import check_length
 from .lock import FolderLock
 from .settings import differences, reading
-from .state import lines, read_records, read_state
+from .state import lines, read_records, read_state, table
 
 __all__ = ["RunFolder", "is_free"]
 
@@ -36,6 +36,8 @@ class RunFolder:
         the settings and the software they ran with.
     ``metrics.jsonl``
         one JSON object per finished epoch; a copy of what ``last.pt`` holds.
+    ``metrics.csv``
+        the same as a table.
     ``last.pt``, ``best.pt``
         state after the last and after the best epoch: :func:`load_checkpoint` verifies and reads
         it, ``torch.load(weights_only=True)`` reads it.
@@ -53,7 +55,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
         self.last, self.best = self.path / "last.pt", self.path / "best.pt"
         self.previous = self.path / "previous.pt"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics, self._table = self.path / "metrics.jsonl", self.path / "metrics.csv"
         self._config = self.path / "config.json"
         self._lock = FolderLock(self.path)
 
@@ -89,7 +91,8 @@ class RunFolder:
             StorageError: naming what cannot be written.
         """
         with self._lock.writing(), uninterrupted():
-            for path in (self.last, self.previous, self.best, self.metrics, self._config):
+            checkpoints = (self.last, self.previous, self.best)
+            for path in (*checkpoints, self.metrics, self._table, self._config):
                 remove_temporary(path)
             if not self.exists() or self.read_config().epochs != config.epochs:
                 content = {"config": config.to_dict(), "environment": _environment(config)}
@@ -114,6 +117,7 @@ class RunFolder:
                 if best:
                     link_atomic(self.last, self.best)
                 self._write(self.metrics, lines(state["history"]))
+                self._write(self._table, table(state["history"]))
             except StorageError as error:
                 held = f"{self.last} keeps epoch {kept}" if kept else "no epoch is stored yet"
                 raise StorageError(f"{error}; {held}, continue with --resume") from error
@@ -134,7 +138,7 @@ class RunFolder:
         """Remove a run that has stored no epoch, for one with other settings to begin here."""
         if self.last.exists():
             return
-        for path in (self._config, self.metrics):
+        for path in (self._config, self.metrics, self._table):
             path.unlink(missing_ok=True)
         self.release()
 
@@ -235,6 +239,8 @@ class RunFolder:
             if not text.startswith(there):  # what a kill between two files does not leave behind
                 _warn(f"{self.metrics} did not agree with {self.last}: written anew from it")
             self._write(self.metrics, text)
+        if (rows := table(history)) != _text(self._table):
+            self._write(self._table, rows)
         if state is None:
             return
         if state["best_epoch"] == len(history):

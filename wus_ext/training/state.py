@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from .config import TrainConfig
 from .errors import ConfigError, DataError
 from .settings import check_type
 
-__all__ = ["FORMAT", "Record", "check_records", "lines", "read_records", "read_state"]
+__all__ = ["FORMAT", "Record", "check_records", "lines", "read_records", "read_state", "table"]
 
 #: Of the checkpoints that this version writes and reads.
 FORMAT = 1
@@ -63,6 +65,15 @@ def check_records(records: Any, where: str) -> None:
 def lines(records: Sequence[Mapping[str, Any]]) -> str:
     """The records as lines of JSON."""
     return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records as CSV, a line each below their names; what is None stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(_FIELDS), lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from .schedules import build_scheduler
 from .seeding import mix
 from .skipping import skipped_epoch
 from .state import FORMAT
+from .tensorboard import Scalars
 from .weights import load_weights
 
 __all__ = ["Trainer", "train"]
@@ -86,6 +87,7 @@ class Trainer:
     ) -> None:
         config.validate()
         self.config, self.progress = config, progress
+        self._scalars: Scalars | None = None
         self.device = config.torch_device()
         folder = self.folder = RunFolder(out) if out is not None else None
         state = None
@@ -99,6 +101,9 @@ class Trainer:
                 self._say(load_weights(self.model, config.weights, config.model))
             if folder is not None:
                 processes.from_first(lambda: folder.begin(config, state))
+                if config.tensorboard and processes.rank() == 0:
+                    self._scalars = Scalars(folder.path / "tensorboard")
+                    self._scalars.begin(self.history)
                 self._finish()
         except BaseException:
             if folder is not None:
@@ -257,6 +262,8 @@ class Trainer:
             self.best_epoch = record["epoch"]
         if self.folder and processes.rank() == 0:
             self.folder.save(self.state_dict(), best=best)
+            if self._scalars:
+                self._scalars.add(record)
             self._finish()
 
     def _stop_early(self) -> None:
@@ -270,6 +277,8 @@ class Trainer:
     def _finish(self) -> None:
         if self.folder and self.finished and processes.rank() == 0:
             self.folder.finish()
+            if self._scalars:
+                self._scalars.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, as tensors and plain values."""
