@@ -22,3 +22,17 @@ def tree(tmp_path):
             for index in range(count):
                 image.new("RGB", size, (brightness, index, 0)).save(folder / f"{index}.png")
     return tmp_path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Photographs of two classes, all of different sizes; the left half of each is red."""
+    module = pytest.importorskip("PIL.Image")
+    for part, count in (("train", 8), ("val", 3)):
+        for brightness, name in ((40, "cat"), (200, "dog")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                image = module.new("RGB", (120 + 8 * index, 90), (0, brightness, 0))
+                image.paste((250, 0, 0), (0, 0, image.width // 2, 90))
+                image.save(tmp_path / part / name / f"{index}.png")
+    return tmp_path

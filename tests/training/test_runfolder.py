@@ -369,8 +369,8 @@ def test_a_run_that_stored_nothing_starts_from_the_beginning(tmp_path):
         ({}, "is not the state of a run"),
         ([1, 2], "is not the state of a run"),
         ({"weight": torch.zeros(3)}, "is not the state of a run"),
-        ({"format": 1}, "is not the state of a run: config is missing"),
-        ({"format": 99}, "has format 99, this version reads 1"),
+        ({"format": 2}, "is not the state of a run: config is missing"),
+        ({"format": 99}, "has format 99, this version reads 2"),
     ],
     ids=["empty", "list", "weights", "format", "future"],
 )

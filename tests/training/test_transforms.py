@@ -43,19 +43,6 @@ def test_random_parts_are_torchvisions(size):
     assert len(seen) > 1 or size in ((1, 90), (300, 41))  # these are cut in the middle
 
 
-@pytest.fixture
-def photos(tmp_path):
-    """Photographs of two classes, all of different sizes; the left half of each is red."""
-    for part, count in (("train", 8), ("val", 3)):
-        for brightness, name in ((40, "cat"), (200, "dog")):
-            (tmp_path / part / name).mkdir(parents=True)
-            for index in range(count):
-                image = Image.new("RGB", (120 + 8 * index, 90), (0, brightness, 0))
-                image.paste((250, 0, 0), (0, 0, image.width // 2, 90))
-                image.save(tmp_path / part / name / f"{index}.png")
-    return tmp_path
-
-
 def raw(data, split):
     """Bytes, without normalisation."""
     return torch.cat([images for images, _ in split.batches(torch.arange(len(split)), 4)])

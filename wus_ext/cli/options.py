@@ -10,7 +10,7 @@ from typing import Any
 from ..methods.table import SKIPPING
 from ..training.config import TrainConfig
 
-__all__ = ["Commands", "add_command", "add_config", "add_folder"]
+__all__ = ["Commands", "add_checkpoint", "add_command", "add_config", "add_folder", "add_option"]
 
 #: What ``argparse`` gives to add subcommands to.
 Commands = Any
@@ -72,16 +72,21 @@ def add_config(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> dic
         group = groups[title] = parser.add_argument_group(title)
         for name in names:
             if name not in skip:
-                _add_option(group, name)
+                add_option(group, name)
     return groups
 
 
-def _add_option(group: Any, name: str) -> None:
+def add_option(group: Any, name: str, default: str | None = None) -> None:
+    """Add an option for a field of :class:`TrainConfig`.
+
+    Args:
+        default: what help says it is, if not the field's.
+    """
     field = _FIELDS[name]
     flag = f"--{name.replace('_', '-')}"
     text = field.metadata["help"].replace("%", "%%")
     if isinstance(field.default, bool):
-        yes = "yes" if field.default else "no"
+        yes = default or ("yes" if field.default else "no")
         group.add_argument(
             flag, action=argparse.BooleanOptionalAction, help=f"{text} (default: {yes})"
         )
@@ -97,7 +102,18 @@ def _add_option(group: Any, name: str) -> None:
         kinds = {int: "N", float: "X", str: "TEXT"}
         kind = "DIR" if name.endswith("_dir") else kinds[options["type"]]
         options["metavar"] = field.metadata.get("metavar", kind)
-    group.add_argument(flag, help=f"{text} (default: {shown})", **options)
+    group.add_argument(flag, help=f"{text} (default: {default or shown})", **options)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the run, or the checkpoint, to look at."""
+    parser.add_argument("trained", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("best", "last"),
+        default="best",
+        help="which epoch of a run (default: best)",
+    )
 
 
 def add_folder(parser: argparse.ArgumentParser, default: str, where: str) -> None:

@@ -57,6 +57,7 @@ class Normalize:
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         std = torch.where(std > 1e-6, std, torch.ones_like(std))
+        self.mean, self.std = mean.tolist(), std.tolist()
         self.scale = (1 / (255 * std)).view(1, -1, 1, 1)
         self.shift = (-mean / std).view(1, -1, 1, 1)
 

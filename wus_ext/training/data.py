@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,13 @@ from .cifar import load_cifar
 from .config import TrainConfig
 from .digits import load_digits
 from .errors import DataError
-from .folder import scan_folder
+from .folder import scan_folder, scan_part
 from .networks import pretrained_statistics
 from .seeding import generator
 from .splits import FileSplit, Split, balanced_order
 from .transforms import shorter_side
 
-__all__ = ["Data", "load_data"]
+__all__ = ["Data", "load_data", "load_part"]
 
 #: Mean and deviation of a channel, by the name of the setting.
 _STATISTICS = {
@@ -150,16 +151,70 @@ def load_data(config: TrainConfig) -> Data:
     return data
 
 
-def _sources(config: TrainConfig) -> tuple[Split, Split, list[str]]:
+def load_part(
+    config: TrainConfig,
+    part: str,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Data:
+    """One part of the dataset of ``config``, for evaluation: its ``test``, as of :func:`load_data`.
+
+    Args:
+        config: the settings.
+        part: ``train``, ``validation`` or ``test``. Of a folder the others need not be there.
+        classes: names of the classes that a network knows, by label.
+        mean, std: what its images were normalised with.
+
+    Raises:
+        DataError, MissingExtra: as :func:`load_data`; or the classes are others.
+    """
+    folder = "test" if part == "test" else "train"
+    limit = f"limit_{folder}"
+    split: Split
+    if config.dataset == "folder":
+        with _readable(config):
+            split = scan_part(config.data_path(), folder, classes, **file_options(config))
+    else:
+        train, test, found = _sources(config)
+        if list(classes) != found:
+            raise DataError(
+                f"{config.dataset} has {len(found)} classes ({', '.join(found[:3])}, ...), the "
+                f"network knows {len(classes)} others ({', '.join(classes[:3])}, ...)"
+            )
+        split = test if folder == "test" else train
+    split = _limited(split, getattr(config, limit), limit, len(classes))
+    if config.validation and folder == "train":
+        split = _hold_out(split, config.validation)[part == "validation"]
+    device = config.torch_device()
+    data = Data(
+        train=split,
+        validation=None,
+        test=split.to(device),
+        classes=list(classes),
+        normalize=Normalize(torch.tensor(mean), torch.tensor(std)).to(device),
+        size=config.pixels(),
+    )
+    data.about = f"{len(split)} images of {config.dataset}, {part}"
+    return data
+
+
+@contextmanager
+def _readable(config: TrainConfig) -> Iterator[None]:
     try:
+        yield
+    except OSError as error:
+        where, reason = error.filename or config.data_path(), error.strerror or error
+        raise DataError(f"cannot read {where}: {reason}") from error
+
+
+def _sources(config: TrainConfig) -> tuple[Split, Split, list[str]]:
+    with _readable(config):
         if config.dataset == "digits":
             return load_digits()
         if config.dataset == "folder":
             return scan_folder(config.data_path(), **file_options(config))
         return load_cifar(config.dataset, config.data_path(), download=config.download)
-    except OSError as error:
-        where, reason = error.filename or config.data_path(), error.strerror or error
-        raise DataError(f"cannot read {where}: {reason}") from error
 
 
 def file_options(config: TrainConfig) -> dict[str, int]:

@@ -24,6 +24,7 @@ __all__ = [
     "check_name",
     "pretrained_statistics",
     "pretrained_weights",
+    "source",
 ]
 
 #: Ours, in their form for 32x32 images.
@@ -83,6 +84,25 @@ def build_network(name: str, classes: int, *, dropout: float = 0.5) -> nn.Module
     if suffix == "bn":
         settings["batch_norm"] = True
     return getattr(models, name)(num_classes=classes, **settings)
+
+
+def source(name: str, classes: int) -> str:
+    """The expression that builds the network.
+
+    >>> source("vgg11_bn", 10)
+    'wus_ext.models.vgg11(num_classes=10, batch_norm=True)'
+    """
+    if name.startswith(TORCHVISION):
+        own = name.removeprefix(TORCHVISION)
+        auxiliary = ", aux_logits=False" if own in _AUXILIARY else ""
+        return f"torchvision.models.{own}(num_classes={classes}{auxiliary})"
+    if name.startswith(TIMM):
+        return f"timm.create_model({name.removeprefix(TIMM)!r}, num_classes={classes})"
+    if file := _in_file(name):
+        return f"{file[1]}({classes})"
+    own, _, suffix = name.partition("_")
+    norm = ", batch_norm=True" if suffix else ""
+    return f"wus_ext.models.{own}(num_classes={classes}{norm})"
 
 
 def pretrained_weights(name: str) -> Mapping[str, Tensor]:

@@ -17,7 +17,7 @@ from .settings import check_type
 __all__ = ["FORMAT", "Record", "check_records", "lines", "read_records", "read_state", "table"]
 
 #: Of the checkpoints that this version writes and reads.
-FORMAT = 1
+FORMAT = 2
 
 
 class Record(TypedDict):
@@ -129,6 +129,9 @@ _FIELDS = {n: get_args(hint)[0] if n in _OPTIONAL else hint for n, hint in _HINT
 _STATE: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "processes": int,
+    "classes": list,
+    "mean": list,
+    "std": list,
     "epoch": int,
     "best_epoch": int,
     "history": list,

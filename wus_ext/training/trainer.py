@@ -286,6 +286,9 @@ class Trainer:
             "format": FORMAT,
             "config": self.config.to_dict(),
             "processes": processes.count(),
+            "classes": self.data.classes,
+            "mean": self.data.normalize.mean,
+            "std": self.data.normalize.std,
             "epoch": len(self.history),
             "best_epoch": self.best_epoch,
             "train_seconds": sum(record["train_seconds"] for record in self.history),
@@ -304,6 +307,11 @@ class Trainer:
             raise ConfigError(
                 f"cannot resume {folder.path}: it trained in {state['processes']} processes, "
                 f"here are {processes.count()}"
+            )
+        if state["classes"] != self.data.classes:
+            raise ConfigError(
+                f"cannot resume {folder.path}: its classes are {', '.join(state['classes'])}, "
+                f"those of the images here {', '.join(self.data.classes)}"
             )
         try:
             self.model.load_state_dict(state["model"])
