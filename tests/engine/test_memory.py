@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import wus_ext
+from wus_ext.engine.engine import Engine
 
-from .chains import Block, check, frozen, images, relative_error, saved_bytes
+from .chains import Block, check, frozen, fused_chains, images, relative_error, saved_bytes
 
 
 def network(channels=64):
@@ -74,7 +75,21 @@ def test_one_image_is_evaluated_without_a_transform():
     assert wus_ext.packed_bytes(fused) == 0
 
 
-def test_evaluation_in_a_window_takes_what_training_made():
+def test_few_values_without_gradients_are_left_to_stock():
+    torch.manual_seed(0)
+    stock = network().eval()
+    fused = wus_ext.convert(copy.deepcopy(stock), full="fused")
+    few, many = images((2, 3, 16, 16)), images((1400, 3, 16, 16))
+    with torch.no_grad():
+        for x in (few, few, many, few):
+            chains = fused_chains(fused, x)
+            assert bool(chains) == (x is many)
+            assert relative_error(fused(x), stock(x)) < 1e-5
+    assert fused_chains(fused, few)  # with gradients
+
+
+def test_evaluation_in_a_window_takes_what_training_made(monkeypatch):
+    monkeypatch.setattr(Engine, "FEW_VALUES", 0)
     torch.manual_seed(0)
     skip = wus_ext.convert(network(), memory_budget=None, norm="frozen")
     wus_ext.set_skip(skip, True)

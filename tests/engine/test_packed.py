@@ -10,6 +10,7 @@ import torch
 import wus_ext
 from wus_ext.engine.conv.copies import Form, packed_nbytes
 from wus_ext.engine.conv.geometry import Scheme
+from wus_ext.engine.engine import Engine
 
 from .chains import CHAINS, CHANNELS, build, check, images, relative_error, run, stock_chain
 
@@ -73,6 +74,13 @@ def test_evaluation_between_skip_steps_takes_the_newest_statistics(algo):
         torch.testing.assert_close(skip.eval()(x), stock.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def all_fused(monkeypatch):
+    """Without gradients, too, chains run however few their values are."""
+    monkeypatch.setattr(Engine, "FEW_VALUES", 0)
+
+
+@pytest.mark.usefixtures("all_fused")
 def test_evaluation_packs_for_the_forward_pass_only():
     _, skip = build("conv_relu", algo="f4")
     with torch.no_grad():
@@ -82,6 +90,7 @@ def test_evaluation_packs_for_the_forward_pass_only():
     assert 0 < forward_only < wus_ext.packed_bytes(skip)
 
 
+@pytest.mark.usefixtures("all_fused")
 def test_evaluations_in_one_window_see_the_scale_that_trains():
     """Here torch's fused SGD changes it, which raises no version counter."""
     stock = stock_chain("conv_norm_relu").eval()
@@ -108,6 +117,7 @@ def test_the_memory_budget_is_kept(budget):
         assert wus_ext.packed_bytes(skip) > 20_000
 
 
+@pytest.mark.usefixtures("all_fused")
 def test_evaluation_takes_what_training_left_of_the_memory_budget():
     _, unlimited = build("conv_norm_relu", memory_budget=None)
     run(unlimited, images())

@@ -84,7 +84,8 @@ class SkipModel(SkipModule):
             engine.end_window()
             if engine.options.full == "stock":
                 return super().forward(*args, **kwargs)
-        session = engine.begin()
+        inputs = (*args, *kwargs.values())
+        session = engine.begin(inputs)
         if session is None:
             return super().forward(*args, **kwargs)
         try:
@@ -93,6 +94,7 @@ class SkipModel(SkipModule):
             session.abandon()
             raise
         session.finish()
+        engine.note(inputs)
         engine.report(type(self).__name__)
         return output
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._build import deferral
@@ -47,6 +48,8 @@ class Engine:
     """
 
     MOST_PLANS = 64
+    #: Without gradients a chain over fewer takes more time to begin than it saves.
+    FEW_VALUES = 1 << 20
 
     def __init__(self, options: SkipOptions) -> None:
         self.options = options
@@ -55,6 +58,9 @@ class Engine:
         self.record: list[tuple[nn.Module, str]] | None = []
         self._reported = False
         self._layers: dict[int, _Layer] = {}
+        #: Shapes of inputs for which no layer deferred without gradients; whether one has now.
+        self._idle: set[Key] = set()
+        self._deferred = False
 
     def __deepcopy__(self, memo: dict) -> Engine:
         return Engine(self.options)
@@ -62,13 +68,27 @@ class Engine:
     def __reduce__(self) -> tuple:
         return (Engine, (self.options,))
 
-    def begin(self) -> Any | None:
-        """Lets layers defer in the forward pass that begins now, or None: all run by themselves."""
+    def begin(self, inputs: tuple[Any, ...]) -> Any | None:
+        """Lets layers defer in the forward pass that begins now, or None: all run by themselves.
+
+        Args:
+            inputs: of the model.
+        """
         if not self.options.fuse or in_a_transform() or is_traced():
             return None
+        if not torch.is_grad_enabled() and _shapes(inputs) in self._idle:
+            return None
+        self._deferred = False
         settle_before_storage_access()
         session = deferral.Session(self, bool(self.options.epilogues))
         return session if session.begin() else None
+
+    def note(self, inputs: tuple[Any, ...]) -> None:
+        """Remembers whether the forward pass that ends now was worth a session."""
+        if not torch.is_grad_enabled() and not self._deferred:
+            if len(self._idle) == self.MOST_PLANS:
+                self._idle.clear()
+            self._idle.add(_shapes(inputs))
 
     def report(self, name: str) -> None:
         """Logs what ran fused in the first step that did."""
@@ -145,8 +165,10 @@ class Engine:
             type(input) not in (Tensor, nn.Parameter)
             or type(weight) not in (Tensor, nn.Parameter)
             or not (layer.skip_wgrad or (self.options.full == "fused" and not on_gpu(weight)))
+            or (not torch.is_grad_enabled() and input.numel() < self.FEW_VALUES)
         ):
             return None
+        self._deferred = True
         return weight
 
     def _plan(
@@ -230,3 +252,7 @@ class Engine:
     def drop(self, input: Tensor, p: float) -> Tensor | None:
         """Dropout of an ordinary tensor, or None for stock's."""
         return drop(input, p)
+
+
+def _shapes(inputs: tuple[Any, ...]) -> Key:
+    return tuple(x.shape if isinstance(x, Tensor) else type(x) for x in inputs)
