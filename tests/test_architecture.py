@@ -35,10 +35,18 @@ def room(module: Path) -> str:
     return module.parts[0].removesuffix(".py")
 
 
-def imported(module: Path) -> Iterator[tuple[str, ...]]:
+class Running(ast.NodeTransformer):
+    """Leaves out what is imported for annotations only."""
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
+def imported(module: Path, *, running: bool = False) -> Iterator[tuple[str, ...]]:
     """Modules of this package that a module imports, as paths of names."""
     package = ("wus_ext", *module.parent.parts)
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+    tree: ast.AST = ast.parse((PACKAGE / module).read_text())
+    for node in ast.walk(Running().visit(tree) if running else tree):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             source = (*base, *(node.module.split(".") if node.module else ()))
@@ -79,7 +87,7 @@ def test_no_circle_inside_a_room():
         paths = {module.with_suffix("").parts: module for module in modules}
         graph = {}
         for module in modules:
-            targets = {paths.get(t) or paths.get(t[:-1]) for t in imported(module)}
+            targets = {paths.get(t) or paths.get(t[:-1]) for t in imported(module, running=True)}
             graph[module] = targets - {None, module}
         while graph:
             free = [module for module, targets in graph.items() if not targets & graph.keys()]
