@@ -2,7 +2,10 @@
 // weight gradient.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/complex.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/imag.h>
+#include <ATen/ops/real.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -24,6 +27,38 @@ struct Geometry {
   c10::SymInt groups;
 };
 
+void check_types(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                 bool transposed) {
+  const bool complex = input.is_complex() || weight.is_complex();
+  TORCH_CHECK(!bias || bias->scalar_type() == input.scalar_type() || (transposed && !complex),
+              "Input type (", input.scalar_type(), ") and bias type (", bias->scalar_type(),
+              ") should be the same");
+  TORCH_CHECK(weight.scalar_type() == input.scalar_type() || !complex, "Input type (",
+              input.scalar_type(), ") and weight type (", weight.scalar_type(),
+              ") should be the same");
+}
+
+// at::convolution, of complex numbers too: as three real convolutions, like at::conv2d.
+Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                bool transposed, SymIntArrayRef output_padding, const c10::SymInt& groups) {
+  check_types(input, weight, bias, transposed);
+  const auto run = [&](const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+    return at::convolution_symint(x, w, b, stride, padding, dilation, transposed, output_padding,
+                                  groups);
+  };
+  if (!input.is_complex()) return run(input, weight, bias);
+  const Tensor x_real = at::real(input), x_imag = at::imag(input);
+  const Tensor w_real = at::real(weight), w_imag = at::imag(weight);
+  OptionalTensor b_real, b_sum;
+  if (bias) {
+    b_real = at::real(*bias);
+    b_sum = *b_real + at::imag(*bias);
+  }
+  const Tensor real = run(x_real, w_real, b_real), imag = run(x_imag, w_imag, std::nullopt);
+  return at::complex(real - imag, run(x_real + x_imag, w_real + w_imag, b_sum) - real - imag);
+}
+
 // The convolution the other way round: from the output's gradient to the input's, for which the
 // input's size is enough.
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
@@ -35,8 +70,8 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef inp
                          g.dilation[i] * (weight.sym_size(i + 2) - 1) + 1;
     output_padding[i] = input_size[i] - reached;
   }
-  auto grad_input = at::convolution_symint(grad_output, weight, std::nullopt, g.stride, g.padding,
-                                           g.dilation, !g.transposed, output_padding, g.groups);
+  auto grad_input = convolve(grad_output, weight.conj(), std::nullopt, g.stride, g.padding,
+                             g.dilation, !g.transposed, output_padding, g.groups);
   // An output padding as large as the stride, which a dilation allows, makes the way back longer.
   for (int64_t i = 0; i < dims && g.transposed; ++i) {
     if (g.output_padding[i] >= g.stride[i]) {
@@ -62,8 +97,8 @@ class SkipConvolution : public torch::autograd::Function<SkipConvolution> {
     ctx->saved_data["transposed"] = transposed;
     ctx->saved_data["output_padding"] = output_padding;
     ctx->saved_data["groups"] = groups;
-    return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed,
-                                  output_padding, groups);
+    return convolve(input, weight, bias, stride, padding, dilation, transposed, output_padding,
+                    groups);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -107,8 +142,8 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTens
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                    bool transposed, SymIntArrayRef output_padding, c10::SymInt groups,
                    bool /*skip_wgrad*/) {
-  return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed,
-                                output_padding, groups);
+  return convolve(input, weight, bias, stride, padding, dilation, transposed, output_padding,
+                  groups);
 }
 
 Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -116,8 +151,8 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Opt
                             bool transposed, SymIntArrayRef output_padding, c10::SymInt groups,
                             bool skip_wgrad) {
   if (!skip_wgrad) {
-    return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed,
-                                  output_padding, groups);
+    return convolve(input, weight, bias, stride, padding, dilation, transposed, output_padding,
+                    groups);
   }
   const auto sizes = stride.size();
   TORCH_CHECK(padding.size() == sizes && dilation.size() == sizes && output_padding.size() == sizes,

@@ -30,7 +30,9 @@ class SkipLinear : public torch::autograd::Function<SkipLinear> {
     Tensor grad_input;
     Tensor grad_bias;
     if (grad_output.defined()) {
-      if (ctx->needs_input_grad(0)) grad_input = grad_output.matmul(ctx->get_saved_variables()[0]);
+      if (ctx->needs_input_grad(0)) {
+        grad_input = grad_output.matmul(ctx->get_saved_variables()[0].conj());
+      }
       if (needs_bias_grad(ctx)) grad_bias = sum_leading(grad_output);
     }
     return {grad_input, Tensor(), grad_bias};

@@ -18,6 +18,8 @@ FILES = [
     "test_depthwise.py",
     "test_linear.py",
     "test_pointwise.py",
+    "test_exact_zeros.py",
+    "test_range.py",
 ]
 
 

@@ -112,7 +112,8 @@ class ConvNormAct(torch.autograd.Function):
     Saves the mask; the convolution's output, which the statistics' gradient needs, where the
     gradient goes on to the input, the weight or gamma, or where the activation's slope follows from
     it; and the input where the weight trains. A bias in front of batch statistics has no influence:
-    its gradient is exactly zero.
+    its gradient is exactly zero, or NaN where the numbers that it would be summed from are not
+    finite.
     """
 
     @staticmethod
@@ -144,9 +145,10 @@ class ConvNormAct(torch.autograd.Function):
         )
         act, algorithm = ctx.act, ctx.algorithm
         grad = dense(grad)
-        grad_bias = grad.new_zeros(grad.size(1)) if need_bias else None
         if not kept:
-            grad, grad_beta = masked(grad, mask, act, ctx.size, need_residual, need_beta)
+            need_sums = need_beta or need_bias
+            grad, grad_beta = masked(grad, mask, act, ctx.size, need_residual, need_sums)
+            grad_bias = grad_beta * 0 if need_bias else None
             grad_beta = grad_beta if need_beta else None
             grad_residual = grad if need_residual else None
             return None, grad_bias, None, None, grad_beta, grad_residual, None, None, None
@@ -155,6 +157,7 @@ class ConvNormAct(torch.autograd.Function):
         a, b, c, grad_beta, grad_gamma = ops.batch_norm_grad_coefficients(
             *sums, mean, invstd, gamma, ctx.count
         )
+        grad_bias = c * 0 if need_bias else None
         grad_input = grad_weight = grad_residual = None
         if need_input or need_weight or need_residual:
             grad_input, grad_residual, grad_weight = algorithm.backward_norm(

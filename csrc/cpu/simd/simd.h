@@ -61,6 +61,7 @@ WUS_INLINE void end_streams() {
 #endif
 }
 
+WUS_INLINE Vec absolute(Vec v) { return (Vec)((IVec)v & INT32_MAX); }
 WUS_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 // The first n lanes; the others read as zero and are not touched in memory. 0 < n <= kWidth.

@@ -24,8 +24,8 @@ inline int strided_weight(int product) {
 // Tiles, maps and planes as in winograd_kernels.h; forward and data gradient differ.
 struct StridedKernels {
   void (*input[2])(const WinogradInput& in, int64_t first, int64_t last, const WinogradTiles& v);
-  // The first `channels` channels of the output.
-  void (*output[2])(const WinogradOutput& out, int64_t first, int64_t last, const WinogradTiles& m,
+  // The first `channels` channels of the output. Returns whether they can be trusted.
+  bool (*output[2])(const WinogradOutput& out, int64_t first, int64_t last, const WinogradTiles& m,
                     int64_t channels);
   void (*weight)(const WinogradWeight& weight, int64_t columns, int64_t first, int64_t last,
                  float* packed, int64_t plane);

@@ -32,6 +32,12 @@ struct TwoTaps {
 struct StridedForward {
   static constexpr int kTile = 4, kPatch = 9, kPoints = 9;
   static constexpr int kStep = 8, kBefore = 1;  // from tile to tile and before the first, pixels
+  static constexpr bool kLocal = false;
+  static constexpr int kWitnesses[] = {2, 6};
+  static constexpr bool sees(int output, int input) {
+    return input >= 2 * output && input < 2 * output + 3;
+  }
+  static constexpr bool watches(int) { return true; }
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     const Vec odd[5] = {d[0], d[2], d[4], d[6], d[8]};
     TwoTaps::input(odd, v);
@@ -48,6 +54,12 @@ struct StridedForward {
 struct StridedDgrad {
   static constexpr int kTile = 8, kPatch = 5, kPoints = 9;
   static constexpr int kStep = 4, kBefore = 0;
+  static constexpr bool kLocal = false;
+  static constexpr int kWitnesses[] = {0, 1, 2, 3};
+  static constexpr bool sees(int output, int input) {
+    return input == output / 2 || input == (output + 1) / 2;
+  }
+  static constexpr bool watches(int output) { return output != 3 && output != 5; }
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     TwoTaps::input(d, v);
 #pragma GCC unroll 4
@@ -83,6 +95,7 @@ static void strided_input(const WinogradInput& in, int64_t first, int64_t last,
     Pixel pixels[Scheme::kPatch * Scheme::kPatch];
     find_pixels<Scheme, WinogradSource::plain>(in, image, row * Scheme::kStep - Scheme::kBefore,
                                                col * Scheme::kStep - Scheme::kBefore, pixels);
+    v.empty[tile - first] = find_empty<Scheme, WinogradSource::plain>(in, pixels);
     float* to = v.data + (tile - first) * v.row;
     int64_t channel = 0;
     for (; channel < whole; channel += kWidth) {
@@ -98,24 +111,28 @@ static void strided_input(const WinogradInput& in, int64_t first, int64_t last,
 }
 
 template <class Scheme>
-static void strided_output(const WinogradOutput& out, int64_t first, int64_t last,
+static bool strided_output(const WinogradOutput& out, int64_t first, int64_t last,
                            const WinogradTiles& m, int64_t channels) {
   const int64_t whole = channels / kWidth * kWidth;
+  IVec wild{};
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t col = tile % out.tile_cols, rest = tile / out.tile_cols;
     const int64_t row = rest % out.tile_rows, image = rest / out.tile_rows;
     const TilePlace place{image, row * Scheme::kTile, col * Scheme::kTile};
     const float* from = m.data + (tile - first) * m.row;
+    const uint64_t empty = m.empty[tile - first];
     int64_t channel = 0;
     for (; channel < whole; channel += kWidth) {
       output_block<Scheme, WinogradEpilogue::none, true>(out, place, channel, kWidth, from, m.plane,
-                                                         nullptr, false);
+                                                         nullptr, false, empty, wild);
     }
     if (channel < channels) {
-      output_block<Scheme, WinogradEpilogue::none, false>(
-          out, place, channel, (int)(channels - channel), from, m.plane, nullptr, false);
+      output_block<Scheme, WinogradEpilogue::none, false>(out, place, channel,
+                                                          (int)(channels - channel), from, m.plane,
+                                                          nullptr, false, empty, wild);
     }
   }
+  return to_bits(wild) == 0;
 }
 
 extern const StridedKernels strided_kernels = {

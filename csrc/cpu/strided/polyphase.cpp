@@ -7,6 +7,7 @@
 #include "cpu/strided/kernels.h"
 #include "cpu/strided/strided.h"
 #include "cpu/winograd/schedule.h"
+#include "cpu/winograd/tile_notes.h"
 
 namespace wus::cpu {
 namespace {
@@ -15,25 +16,27 @@ constexpr int kProducts = kStridedPoints * kStridedPoints;
 enum Direction { kForward, kDgrad };
 
 // Each thread takes chunks of tiles through all three steps, the last two for one panel of output
-// channels at a time, so that the products stay in its cache.
-void run(Direction direction, const WinogradInput& in, const WinogradOutput& out, int64_t images,
+// channels at a time, so that the products stay in its cache. Returns whether the outputs can be
+// trusted.
+bool run(Direction direction, const WinogradInput& in, const WinogradOutput& out, int64_t images,
          const float* packed) {
   const auto& kernels = WUS_DISPATCH(strided_kernels);
   const auto& gemm = WUS_DISPATCH(gemm_kernels);
   const int64_t plane = plane_size(in.channels, out.channels);
   const int64_t tiles = images * in.tile_rows * in.tile_cols;
-  if (tiles == 0) return;
+  if (tiles == 0) return true;
   constexpr int64_t kChunk = 28;
   const int64_t threads = at::get_num_threads();
   const int64_t chunk = divide_up(tiles, divide_up(divide_up(tiles, kChunk), threads) * threads);
   const int64_t v_row = padded_row(in.channels), m_row = padded_row(gemm.panel);
   const int64_t v_plane = chunk * v_row + 16, m_plane = chunk * m_row + 16;
+  TileNotes notes(tiles);
   at::parallel_for(0, divide_up(tiles, chunk), 1, [&](int64_t begin, int64_t end) {
     float* memory = scratch(kProducts * (v_plane + m_plane));
-    const WinogradTiles v{memory, v_row, v_plane};
-    const WinogradTiles m{memory + kProducts * v_plane, m_row, m_plane};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * chunk, last = std::min(tiles, first + chunk);
+      const auto v = notes.place(memory, v_row, v_plane, 0, first);
+      const auto m = notes.place(memory + kProducts * v_plane, m_row, m_plane, 0, first);
       kernels.input[direction](in, first, last, v);
       for (int64_t channel = 0; channel < out.channels; channel += gemm.panel) {
         for (int product = 0; product < kProducts; ++product) {
@@ -44,25 +47,26 @@ void run(Direction direction, const WinogradInput& in, const WinogradOutput& out
         WinogradOutput part = out;
         part.y += channel;
         if (part.bias != nullptr) part.bias += channel;
-        kernels.output[direction](part, first, last, m,
-                                  std::min<int64_t>(gemm.panel, out.channels - channel));
+        notes.note(kernels.output[direction](
+            part, first, last, m, std::min<int64_t>(gemm.panel, out.channels - channel)));
       }
     }
   });
+  return notes.trusted();
 }
 
 }  // namespace
 
-void polyphase_forward(WinogradInput in, WinogradOutput out, int64_t images, const float* packed) {
+bool polyphase_forward(WinogradInput in, WinogradOutput out, int64_t images, const float* packed) {
   in.tile_rows = out.tile_rows = divide_up(out.height, kStridedTile);
   in.tile_cols = out.tile_cols = divide_up(out.width, kStridedTile);
-  run(kForward, in, out, images, packed);
+  return run(kForward, in, out, images, packed);
 }
 
-void polyphase_dgrad(WinogradInput in, WinogradOutput out, int64_t images, const float* packed) {
+bool polyphase_dgrad(WinogradInput in, WinogradOutput out, int64_t images, const float* packed) {
   in.tile_rows = out.tile_rows = divide_up(in.height, kStridedTile);
   in.tile_cols = out.tile_cols = divide_up(in.width, kStridedTile);
-  run(kDgrad, in, out, images, packed);
+  return run(kDgrad, in, out, images, packed);
 }
 
 void polyphase_pack(const WinogradWeight& weight, int64_t inputs, int64_t outputs, float* packed) {

@@ -1,11 +1,14 @@
 #include "cpu/strided/strided.h"
 
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <utility>
 
 #include "cpu/strided/kernels.h"
+#include "cpu/winograd/direct.h"
 #include "cpu/winograd/schedule.h"
 
 namespace wus::cpu {
@@ -78,6 +81,10 @@ WinogradInput source(const Tensor& x, int64_t padding) {
   return in;
 }
 
+// The inverse of the weight transform in kernels.inl.
+constexpr Recovery kRecovery = {kStridedWeights,
+                                {{2, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 1}, {0, 0, 0, 0, 1, 0}}};
+
 WinogradOutput target(Tensor& y) {
   WinogradOutput out{};
   out.y = y.mutable_data_ptr<float>();
@@ -125,16 +132,18 @@ Tensor strided_forward(const Tensor& input, const Tensor& packed, const std::opt
         " of shape ", bias->sizes());
   }
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const std::optional<Tensor> b = bias ? std::optional(bias->contiguous()) : std::nullopt;
   Tensor y = empty_map(x, out_channels, output_extent(x.size(2), stride[0]),
                        output_extent(x.size(3), stride[1]));
   WinogradOutput out = target(y);
-  out.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
+  out.bias = b ? b->const_data_ptr<float>() : nullptr;
   const float* weight = packed.const_data_ptr<float>();
-  if (extent == 3) {
-    polyphase_forward(source(x, 1), out, x.size(0), weight);
-  } else {
+  if (extent == 1) {
     pointwise_forward(source(x, 0), out, x.size(0), {stride[0], stride[1]}, weight);
+  } else if (!polyphase_forward(source(x, 1), out, x.size(0), weight)) {
+    const at::NoGradGuard no_grad;
+    const Tensor filter = recover_weight(packed, kRecovery, x.size(1), out_channels);
+    y.copy_(at::convolution(x, filter, b, stride, padding, {1, 1}, false, {0, 0}, 1));
   }
   return y;
 }
@@ -154,10 +163,15 @@ Tensor strided_dgrad(const Tensor& grad_output, const Tensor& packed, int64_t in
   const Tensor g = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
   Tensor grad_input = empty_map(g, in_channels, input_size[0], input_size[1]);
   const float* weight = packed.const_data_ptr<float>();
-  if (extent == 3) {
-    polyphase_dgrad(source(g, 0), target(grad_input), g.size(0), weight);
-  } else {
+  if (extent == 1) {
     pointwise_dgrad(source(g, 0), target(grad_input), g.size(0), {stride[0], stride[1]}, weight);
+  } else if (!polyphase_dgrad(source(g, 0), target(grad_input), g.size(0), weight)) {
+    const at::NoGradGuard no_grad;
+    const Tensor filter =
+        recover_weight(packed, kRecovery, g.size(1), in_channels).flip({2, 3}).transpose(0, 1);
+    const int64_t left_over[] = {1 - input_size[0] % 2, 1 - input_size[1] % 2};
+    grad_input.copy_(
+        at::convolution(g, filter, std::nullopt, stride, padding, {1, 1}, true, left_over, 1));
   }
   return grad_input;
 }

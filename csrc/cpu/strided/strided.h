@@ -10,8 +10,9 @@
 namespace wus::cpu {
 
 // Maps are dense and channels_last; tile counts are left to the callee. `y` is written whole.
-void polyphase_forward(WinogradInput in, WinogradOutput out, int64_t images, const float* packed);
-void polyphase_dgrad(WinogradInput in, WinogradOutput out, int64_t images, const float* packed);
+// Return whether the outputs can be trusted; if not, strided.cpp makes them directly.
+bool polyphase_forward(WinogradInput in, WinogradOutput out, int64_t images, const float* packed);
+bool polyphase_dgrad(WinogradInput in, WinogradOutput out, int64_t images, const float* packed);
 void polyphase_pack(const WinogradWeight& weight, int64_t inputs, int64_t outputs, float* packed);
 
 struct PixelStride {

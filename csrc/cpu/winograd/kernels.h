@@ -61,6 +61,9 @@ struct WinogradOutput {
 struct WinogradTiles {
   float* data;
   int64_t row, plane, panel;
+  // [tiles] or null: a bit for each of a tile's outputs that sees nothing but zeros, of schemes
+  // whose products would not make it exactly zero.
+  uint64_t* empty;
 };
 
 struct WinogradWeight {
@@ -80,8 +83,13 @@ struct WinogradKernels {
   void (*input[kWinogradSchemes][kWinogradSources])(const WinogradInput&, int64_t first,
                                                     int64_t last, const WinogradTiles& v,
                                                     float* sums);
-  // `stats`: [3][channels], set to a pivot, and the sums of z - pivot and (z - pivot)^2.
-  void (*output[kWinogradSchemes][kWinogradEpilogues])(const WinogradOutput&, int64_t first,
+  // As `input`, of tiles of one pixel, which stays what it is.
+  void (*pixels[kWinogradSources])(const WinogradInput&, int64_t first, int64_t last,
+                                   const WinogradTiles& v, float* sums);
+  // `stats`: [3][channels], set to a pivot, and the sums of z - pivot and (z - pivot)^2. Returns
+  // whether the outputs can be trusted: not where NaN, infinity or a huge number may have spread
+  // over a tile.
+  bool (*output[kWinogradSchemes][kWinogradEpilogues])(const WinogradOutput&, int64_t first,
                                                        int64_t last, const WinogradTiles& m,
                                                        float* stats);
   // Input channels [first, last) of one panel, of which `columns` output channels exist;
@@ -94,8 +102,8 @@ struct WinogradKernels {
                                                    int64_t last, const WinogradTiles& v,
                                                    float* sums);
   // The weight gradient of `outputs` x `inputs` channels, at most a panel of each, from
-  // blocks[frequency][output][input] of whole panels.
-  void (*wgrad[kWinogradSchemes])(const float* blocks, const WinogradGradient&, int64_t outputs,
+  // blocks[frequency][output][input] of whole panels. Returns whether they can be trusted.
+  bool (*wgrad[kWinogradSchemes])(const float* blocks, const WinogradGradient&, int64_t outputs,
                                   int64_t inputs);
 };
 

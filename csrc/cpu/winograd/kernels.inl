@@ -2,104 +2,9 @@
 
 #include "cpu/winograd/kernels.h"
 #include "cpu/winograd/schemes.inl"
+#include "cpu/winograd/zeros.inl"
 
 namespace wus::cpu::WUS_ISA {
-
-// A block is the kWidth channels (fewer in the last one, !kFull) that one vector holds.
-template <bool kFull>
-WUS_INLINE Vec load_block(const float* p, int n) {
-  return kFull ? load(p) : load_first(p, n);
-}
-
-template <bool kFull>
-WUS_INLINE void store_block(float* p, Vec v, int n) {
-  kFull ? store(p, v) : store_first(p, v, n);
-}
-
-// A pixel of a patch. Outside the map it stands for a pixel inside, whose value is then dropped.
-struct Pixel {
-  int64_t x, z, bits;  // offsets of its first channel
-  int32_t inside;      // 0 or -1
-  int32_t code;        // that names it among the four of its pooled pixel, or -1
-};
-
-template <WinogradSource kSource>
-constexpr bool kIsPooled = kSource == WinogradSource::codes || kSource == WinogradSource::bn_codes;
-template <WinogradSource kSource>
-constexpr bool kIsBatchNorm =
-    kSource == WinogradSource::bn || kSource == WinogradSource::bn_bits ||
-    kSource == WinogradSource::bn_sign || kSource == WinogradSource::bn_codes;
-
-template <class Scheme, WinogradSource kSource>
-WUS_INLINE void find_pixels(const WinogradInput& in, int64_t image, int64_t top, int64_t left,
-                            Pixel* pixels) {
-  const int64_t bytes = (in.channels + 7) / 8;
-  const int64_t pooled_height = in.height / 2, pooled_width = in.width / 2;
-  for (int i = 0; i < Scheme::kPatch; ++i) {
-    for (int j = 0; j < Scheme::kPatch; ++j) {
-      const int64_t row = top + i, col = left + j;
-      const int64_t y = row < 0 ? 0 : row < in.height ? row : in.height - 1;
-      const int64_t x = col < 0 ? 0 : col < in.width ? col : in.width - 1;
-      const int64_t index = (image * in.height + y) * in.width + x;
-      Pixel& pixel = pixels[i * Scheme::kPatch + j];
-      pixel.inside = -(int32_t)(y == row && x == col);
-      pixel.x = pixel.z = index * in.channels;
-      pixel.bits = index * bytes;
-      if constexpr (kIsPooled<kSource>) {
-        const int64_t py = y / 2 < pooled_height ? y / 2 : pooled_height - 1;
-        const int64_t px = x / 2 < pooled_width ? x / 2 : pooled_width - 1;
-        pixel.x = ((image * pooled_height + py) * pooled_width + px) * in.channels;
-        pixel.code = py == y / 2 && px == x / 2 ? (int32_t)(y % 2 * 2 + x % 2) : -1;
-      }
-    }
-  }
-}
-
-struct ChannelVectors {
-  Vec a, b, c, scale, shift;
-};
-
-template <WinogradSource kSource, bool kFull>
-WUS_INLINE ChannelVectors load_vectors(const WinogradInput& in, int64_t channel, int n) {
-  ChannelVectors v{};
-  if constexpr (kIsBatchNorm<kSource>) {
-    v.a = load_block<kFull>(in.a + channel, n);
-    v.b = load_block<kFull>(in.b + channel, n);
-    v.c = load_block<kFull>(in.c + channel, n);
-  }
-  if constexpr (kSource == WinogradSource::bn_sign || kSource == WinogradSource::affine ||
-                kSource == WinogradSource::affine_relu) {
-    v.scale = load_block<kFull>(in.scale + channel, n);
-    v.shift = load_block<kFull>(in.shift + channel, n);
-  }
-  return v;
-}
-
-template <WinogradSource kSource, bool kFull>
-WUS_INLINE Vec load_pixel(const WinogradInput& in, const Pixel& pixel, const ChannelVectors& k,
-                          int64_t channel, int n) {
-  Vec x = load_block<kFull>(in.x + pixel.x + channel, n), z{};
-  if constexpr (kIsBatchNorm<kSource>) z = load_block<kFull>(in.z + pixel.z + channel, n);
-  if constexpr (kSource == WinogradSource::bits || kSource == WinogradSource::bn_bits) {
-    const uint8_t* p = in.mask + pixel.bits + channel / 8;
-    x = select(from_bits(kFull ? load_bits(p) : load_bits_first(p, n)), x, zero());
-  }
-  if constexpr (kIsPooled<kSource>) {
-    const uint8_t* p = in.mask + pixel.x + channel;
-    const IVec codes = kFull ? load_bytes(p) : load_bytes_first(p, n);
-    x = select(codes == pixel.code, x, zero());
-  }
-  if constexpr (kSource == WinogradSource::bn_sign) {
-    x = select(relu_mask(k.scale * z + k.shift), x, zero());
-  }
-  if constexpr (kIsBatchNorm<kSource>) x = k.a * x + (k.b * z + k.c);
-  if constexpr (kSource == WinogradSource::affine) x = k.scale * x + k.shift;
-  if constexpr (kSource == WinogradSource::affine_relu) {
-    x = k.scale * x + k.shift;
-    x = select(relu_mask(x), x, zero());
-  }
-  return (Vec)((IVec)x & pixel.inside);
-}
 
 // Which rows and columns of the patch, [first, last), are summed with this tile and no other.
 struct Owned {
@@ -162,6 +67,9 @@ static void input_tiles(const WinogradInput& in, int64_t first, int64_t last,
       owned = {before, tile_row + 1 == in.tile_rows ? Scheme::kPatch : before + Scheme::kTile,
                before, col + 1 == in.tile_cols ? Scheme::kPatch : before + Scheme::kTile};
     }
+    if constexpr (!Scheme::kLocal) {
+      if (v.empty != nullptr) v.empty[tile - first] = find_empty<Scheme, kSource>(in, pixels);
+    }
     float* row = v.data + (tile - first) * v.row;
     const auto to = [&](int64_t channel) {
       return row + channel / kPanel * v.panel + channel % kPanel;
@@ -198,13 +106,18 @@ WUS_INLINE void pool_pixel(Vec a, Vec b, Vec c, Vec d, float* y, uint8_t* codes,
   kFull ? store_bytes(codes, code) : store_bytes_first(codes, code, n);
 }
 
+// Where something is not finite, or so large that its rounding error would drown what it spreads
+// over.
+WUS_INLINE IVec is_wild(Vec x) { return ~(absolute(x) <= 0x1p64f); }
+
 struct TilePlace {
   int64_t image, row, col;  // of its first output
 };
 
 template <class Scheme, WinogradEpilogue kEpilogue, bool kFull>
 WUS_INLINE void output_block(const WinogradOutput& out, const TilePlace& place, int64_t channel,
-                             int n, const float* m, int64_t plane, float* stats, bool first) {
+                             int n, const float* m, int64_t plane, float* stats, bool first,
+                             uint64_t empty, IVec& wild) {
   constexpr int kTile = Scheme::kTile, kPoints = Scheme::kPoints;
   Vec half[kTile][kPoints];
 #pragma GCC unroll 9
@@ -219,8 +132,27 @@ WUS_INLINE void output_block(const WinogradOutput& out, const TilePlace& place, 
   const Vec bias = out.bias ? load_block<kFull>(out.bias + channel, n) : zero();
   Vec y[kTile][kTile];
 #pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i) Scheme::output(half[i], y[i]);
+  Vec watched = zero();
+#pragma GCC unroll 8
   for (int i = 0; i < kTile; ++i) {
-    Scheme::output(half[i], y[i]);
+#pragma GCC unroll 8
+    for (int j = 0; j < kTile; ++j) {
+      if (Scheme::watches(i) && Scheme::watches(j)) watched += y[i][j];
+    }
+  }
+  wild |= is_wild(watched);
+  if (!Scheme::kLocal && __builtin_expect(empty != 0, 0)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kTile; ++j) {
+        if (empty >> (i * kTile + j) & 1) y[i][j] = zero();
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < kTile; ++j) y[i][j] += bias;
   }
@@ -278,24 +210,27 @@ WUS_INLINE void output_block(const WinogradOutput& out, const TilePlace& place, 
 }
 
 template <class Scheme, WinogradEpilogue kEpilogue>
-static void output_tiles(const WinogradOutput& out, int64_t first, int64_t last,
+static bool output_tiles(const WinogradOutput& out, int64_t first, int64_t last,
                          const WinogradTiles& m, float* stats) {
   const int64_t whole = out.channels / kWidth * kWidth;
+  IVec wild{};
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t col = tile % out.tile_cols, rest = tile / out.tile_cols;
     const int64_t row = rest % out.tile_rows, image = rest / out.tile_rows;
     const TilePlace place{image, row * Scheme::kTile, col * Scheme::kTile};
     const float* from = m.data + (tile - first) * m.row;
+    const uint64_t empty = Scheme::kLocal ? 0 : m.empty[tile - first];
     int64_t channel = 0;
     for (; channel < whole; channel += kWidth) {
       output_block<Scheme, kEpilogue, true>(out, place, channel, kWidth, from, m.plane, stats,
-                                            tile == first);
+                                            tile == first, empty, wild);
     }
     if (channel < out.channels) {
       output_block<Scheme, kEpilogue, false>(out, place, channel, (int)(out.channels - channel),
-                                             from, m.plane, stats, tile == first);
+                                             from, m.plane, stats, tile == first, empty, wild);
     }
   }
+  return to_bits(wild) == 0;
 }
 
 // The taps of `depth` input channels and a panel of output channels, of which `columns` exist.
@@ -366,9 +301,10 @@ static void transform_weight(const WinogradWeight& w, int64_t columns, int64_t f
 }
 
 template <class Scheme>
-static void weight_gradient(const float* blocks, const WinogradGradient& w, int64_t outputs,
+static bool weight_gradient(const float* blocks, const WinogradGradient& w, int64_t outputs,
                             int64_t inputs) {
   constexpr int kPoints = Scheme::kPoints;
+  IVec wild{};
   for (int64_t output = 0; output < outputs; ++output) {
     for (int64_t input = 0; input < inputs; input += kWidth) {
       const float* from = blocks + output * kPanel + input;
@@ -389,6 +325,7 @@ static void weight_gradient(const float* blocks, const WinogradGradient& w, int6
         Vec taps[3];
         Scheme::weight_adjoint(half[i], taps);
         for (int j = 0; j < 3; ++j) {
+          wild |= is_wild(taps[j]);
           float* tap = to + i * w.y + j * w.x;
           if (w.input == 1) {
             n == kWidth ? store(tap, taps[j]) : store_first(tap, taps[j], n);
@@ -399,6 +336,7 @@ static void weight_gradient(const float* blocks, const WinogradGradient& w, int6
       }
     }
   }
+  return to_bits(wild) == 0;
 }
 
 #define WUS_GRADS(scheme)                                                                         \
@@ -415,6 +353,7 @@ static void weight_gradient(const float* blocks, const WinogradGradient& w, int6
 
 extern const WinogradKernels winograd_kernels = {
     {WUS_INPUTS(Z2), WUS_INPUTS(F2), WUS_INPUTS(F4)},
+    WUS_INPUTS(Pixelwise),
     {WUS_OUTPUTS(Z2), WUS_OUTPUTS(F2), WUS_OUTPUTS(F4)},
     {transform_weight<Z2>, transform_weight<F2>, transform_weight<F4>},
     {{WUS_GRADS(Z2Grad)}, {WUS_GRADS(F2Grad)}, {WUS_GRADS(F4Grad)}},

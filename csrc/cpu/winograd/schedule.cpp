@@ -4,11 +4,13 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
 #include "cpu/gemm/kernels.h"
 #include "cpu/scratch.h"
+#include "cpu/winograd/tile_notes.h"
 
 namespace wus::cpu {
 
@@ -25,6 +27,7 @@ namespace {
 // that they depend neither on the number of threads nor on their timing.
 struct Work : Convolution {
   int64_t tiles;
+  TileNotes* notes;
   float* sums;   // [chunks][channels], or null
   float* stats;  // [chunks][3][channels], or null
 };
@@ -56,18 +59,19 @@ void run_by_tiles(const Work& conv, int64_t chunk) {
   const int64_t v_plane = chunk * v_row + 16, m_plane = chunk * m_row + 16;
   at::parallel_for(0, divide_up(conv.tiles, chunk), 1, [&](int64_t begin, int64_t end) {
     float* memory = scratch(frequencies * (v_plane + m_plane));
-    const WinogradTiles v{memory, v_row, v_plane, gemm.panel};
-    const WinogradTiles m{memory + frequencies * v_plane, m_row, m_plane, gemm.panel};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * chunk, last = std::min(conv.tiles, first + chunk);
+      const auto v = conv.notes->place(memory, v_row, v_plane, gemm.panel, first);
+      const auto m =
+          conv.notes->place(memory + frequencies * v_plane, m_row, m_plane, gemm.panel, first);
       kernels.input[scheme][static_cast<int>(conv.source)](
           conv.in, first, last, v, conv.sums ? conv.sums + i * inputs : nullptr);
       for (int64_t f = 0; f < frequencies; ++f) {
         gemm.run(v.data + f * v_plane, v_row, conv.packed + f * plane, m.data + f * m_plane, m_row,
                  last - first, inputs, panels, false);
       }
-      kernels.output[scheme][static_cast<int>(conv.epilogue)](
-          conv.out, first, last, m, conv.stats ? conv.stats + i * 3 * outputs : nullptr);
+      conv.notes->note(kernels.output[scheme][static_cast<int>(conv.epilogue)](
+          conv.out, first, last, m, conv.stats ? conv.stats + i * 3 * outputs : nullptr));
     }
   });
 }
@@ -87,22 +91,22 @@ void run_by_frequencies(const Work& conv, int64_t chunk) {
   const int64_t round = std::clamp<int64_t>(fitting / chunk, 1, divide_up(conv.tiles, chunk));
   const int64_t v_plane = round * chunk * v_row + 16, m_plane = round * chunk * m_row + 16;
   float* memory = scratch(frequencies * (v_plane + m_plane));
-  const WinogradTiles v{memory, v_row, v_plane, gemm.panel};
-  const WinogradTiles m{memory + frequencies * v_plane, m_row, m_plane, gemm.panel};
+  float* const v = memory;
+  float* const m = memory + frequencies * v_plane;
   const int64_t groups = std::min(panels, divide_up(4 * at::get_num_threads(), frequencies));
 
   const int64_t chunks = divide_up(conv.tiles, chunk);
   for (int64_t start = 0; start < chunks; start += round) {
     const int64_t stop = std::min(chunks, start + round), base = start * chunk;
     const int64_t rows = std::min(conv.tiles, stop * chunk) - base;
-    const auto shifted = [&](const WinogradTiles& tiles, int64_t i) {
-      return WinogradTiles{tiles.data + (i - start) * chunk * tiles.row, tiles.row, tiles.plane,
-                           tiles.panel};
+    const auto tiles = [&](float* data, int64_t row, int64_t plane, int64_t i) {
+      data += (i - start) * chunk * row;
+      return conv.notes->place(data, row, plane, gemm.panel, i * chunk);
     };
     at::parallel_for(start, stop, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         kernels.input[scheme][static_cast<int>(conv.source)](
-            conv.in, i * chunk, std::min(conv.tiles, (i + 1) * chunk), shifted(v, i),
+            conv.in, i * chunk, std::min(conv.tiles, (i + 1) * chunk), tiles(v, v_row, v_plane, i),
             conv.sums ? conv.sums + i * inputs : nullptr);
       }
     });
@@ -110,16 +114,15 @@ void run_by_frequencies(const Work& conv, int64_t chunk) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t f = i / groups, group = i % groups;
         const int64_t first = panels * group / groups, last = panels * (group + 1) / groups;
-        gemm.run(v.data + f * v_plane, v_row, conv.packed + f * plane + first * inputs * gemm.panel,
-                 m.data + f * m_plane + first * gemm.panel, m_row, rows, inputs, last - first,
-                 false);
+        gemm.run(v + f * v_plane, v_row, conv.packed + f * plane + first * inputs * gemm.panel,
+                 m + f * m_plane + first * gemm.panel, m_row, rows, inputs, last - first, false);
       }
     });
     at::parallel_for(start, stop, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        kernels.output[scheme][static_cast<int>(conv.epilogue)](
-            conv.out, i * chunk, std::min(conv.tiles, (i + 1) * chunk), shifted(m, i),
-            conv.stats ? conv.stats + i * 3 * outputs : nullptr);
+        conv.notes->note(kernels.output[scheme][static_cast<int>(conv.epilogue)](
+            conv.out, i * chunk, std::min(conv.tiles, (i + 1) * chunk), tiles(m, m_row, m_plane, i),
+            conv.stats ? conv.stats + i * 3 * outputs : nullptr));
       }
     });
   }
@@ -135,6 +138,11 @@ Tensor add_chunks(const std::vector<float>& sums, int64_t chunks, int64_t channe
   Tensor result = at::empty({channels}, options);
   std::copy(total.begin(), total.end(), result.mutable_data_ptr<float>());
   return result;
+}
+
+bool all_finite(const Tensor& tensor) {
+  const float* values = tensor.const_data_ptr<float>();
+  return std::all_of(values, values + tensor.numel(), [](float x) { return std::isfinite(x); });
 }
 
 // The outputs that the tiles [first, last) cover.
@@ -179,9 +187,9 @@ Tensor merge_stats(const Work& conv, const std::vector<float>& stats, int64_t ch
 
 }  // namespace
 
-Tensor run_winograd(const Convolution& convolution, int64_t images, bool want_sums,
-                    const at::TensorOptions& options) {
-  Work conv{convolution, 0, nullptr, nullptr};
+Outcome run_winograd(const Convolution& convolution, int64_t images, bool want_sums,
+                     const at::TensorOptions& options) {
+  Work conv{convolution, 0, nullptr, nullptr, nullptr};
   conv.in.tile_rows = conv.out.tile_rows = divide_up(conv.out.height, conv.scheme.tile);
   conv.in.tile_cols = conv.out.tile_cols = divide_up(conv.out.width, conv.scheme.tile);
   conv.tiles = images * conv.in.tile_rows * conv.in.tile_cols;
@@ -191,12 +199,16 @@ Tensor run_winograd(const Convolution& convolution, int64_t images, bool want_su
   const bool want_stats = conv.epilogue == WinogradEpilogue::stats;
   std::vector<float> sums(want_sums ? chunks * conv.in.channels : 0);
   std::vector<float> stats(want_stats ? chunks * 3 * conv.out.channels : 0);
+  TileNotes notes(conv.tiles);
+  conv.notes = &notes;
   conv.sums = want_sums ? sums.data() : nullptr;
   conv.stats = want_stats ? stats.data() : nullptr;
   if (conv.tiles > 0) spread ? run_by_frequencies(conv, chunk) : run_by_tiles(conv, chunk);
-  if (want_sums) return add_chunks(sums, chunks, conv.in.channels, options);
-  if (want_stats) return merge_stats(conv, stats, chunk, options);
-  return at::empty({0}, options);
+  const bool trusted = notes.trusted();
+  if (want_sums) return {add_chunks(sums, chunks, conv.in.channels, options), trusted};
+  if (!want_stats) return {at::empty({0}, options), trusted};
+  const Tensor merged = merge_stats(conv, stats, chunk, options);
+  return {merged, trusted && (conv.tiles == 0 || all_finite(merged))};
 }
 
 }  // namespace wus::cpu

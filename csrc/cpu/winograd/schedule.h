@@ -29,10 +29,15 @@ struct Convolution {
   const float* packed;
 };
 
-// Runs, and returns the sums over the source's pixels [channels], or the mean and biased variance
-// of the outputs [2, channels], or an empty tensor.
-at::Tensor run_winograd(const Convolution& convolution, int64_t images, bool want_sums,
-                        const at::TensorOptions& options);
+struct Outcome {
+  // Over the source's pixels [channels], or the mean and biased variance of the outputs
+  // [2, channels], or empty.
+  at::Tensor sums;
+  bool trusted;  // whether outputs and sums are right; if not, direct.h makes them
+};
+
+Outcome run_winograd(const Convolution& convolution, int64_t images, bool want_sums,
+                     const at::TensorOptions& options);
 
 struct WeightGradient {
   SchemeInfo scheme;
@@ -41,7 +46,8 @@ struct WeightGradient {
   WinogradGradient weight;
 };
 
-// Writes the weight gradient of a convolution with this many tiles, at least one.
-void run_winograd_wgrad(const WeightGradient& gradient, int64_t tiles);
+// Writes the weight gradient of a convolution with this many tiles, at least one. Returns whether
+// it can be trusted; if not, direct.h makes it.
+bool run_winograd_wgrad(const WeightGradient& gradient, int64_t tiles);
 
 }  // namespace wus::cpu

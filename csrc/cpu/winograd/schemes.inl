@@ -4,11 +4,23 @@ namespace wus::cpu::WUS_ISA {
 
 // One dimension of each scheme: y = At [(G g) * (Bt d)] with kPatch inputs d, kPoints products and
 // kTile outputs y. weight_adjoint is Gt.
+//
+// Where a scheme is local, an output is made from nothing but its receptive field. Elsewhere inputs
+// outside of it enter too and cancel up to rounding: `sees` tells which inputs an output should
+// hang on, and each output sees one of kWitnesses.
+//
+// Whatever products reach outputs that should not hang on them, reach one that is watched.
 
 // F(4,3) at the points 0, 1, -1, 1/2, -2 and infinity, whose rounding error is below that of the
 // usual 0, +-1, +-2.
 struct F4 {
   static constexpr int kTile = 4, kPatch = 6, kPoints = 6;
+  static constexpr bool kLocal = false;
+  static constexpr int kWitnesses[] = {2, 3};
+  static constexpr bool sees(int output, int input) {
+    return input >= output && input < output + 3;
+  }
+  static constexpr bool watches(int output) { return output % 3 == 0; }
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     const Vec even = d[4] - d[2], odd = d[3] - d[1];
     v[0] = 1.5f * odd + (d[0] + (d[4] - 2.f * d[2]));
@@ -46,6 +58,8 @@ struct F4 {
 // F(2,3) at the points 0, 1, -1 and infinity.
 struct F2 {
   static constexpr int kTile = 2, kPatch = 4, kPoints = 4;
+  static constexpr bool kLocal = true;
+  static constexpr bool watches(int) { return true; }
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     v[0] = d[0] - d[2];
     v[1] = d[1] + d[2];
@@ -74,6 +88,8 @@ struct F2 {
 // Two pixels a, b between zeros: g1 a + g2 b and g0 a + g1 b share the product g1 (a + b).
 struct Z2 {
   static constexpr int kTile = 2, kPatch = 2, kPoints = 3;
+  static constexpr bool kLocal = true;
+  static constexpr bool watches(int) { return true; }
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     v[0] = d[0] + d[1];
     v[1] = d[1];
@@ -100,6 +116,7 @@ struct Z2 {
 
 struct F4Grad {
   static constexpr int kTile = 4, kPatch = 4, kPoints = 6;
+  static constexpr bool kLocal = true;
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     const Vec even = d[0] + d[2], odd = d[1] + d[3];
     v[0] = d[0];
@@ -113,6 +130,7 @@ struct F4Grad {
 
 struct F2Grad {
   static constexpr int kTile = 2, kPatch = 2, kPoints = 4;
+  static constexpr bool kLocal = true;
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     v[0] = d[0];
     v[1] = d[0] + d[1];
@@ -123,11 +141,19 @@ struct F2Grad {
 
 struct Z2Grad {
   static constexpr int kTile = 2, kPatch = 2, kPoints = 3;
+  static constexpr bool kLocal = true;
   static WUS_INLINE void input(const Vec* d, Vec* v) {
     v[0] = d[0] + d[1];
     v[1] = d[0];
     v[2] = d[1];
   }
+};
+
+// One pixel, as it is.
+struct Pixelwise {
+  static constexpr int kTile = 1, kPatch = 1, kPoints = 1;
+  static constexpr bool kLocal = true;
+  static WUS_INLINE void input(const Vec* d, Vec* v) { v[0] = d[0]; }
 };
 
 }  // namespace wus::cpu::WUS_ISA

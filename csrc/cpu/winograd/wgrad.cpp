@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/gemm/kernels.h"
 #include "cpu/scratch.h"
@@ -20,7 +21,7 @@ struct Round {
 // Transformed maps of one round, in panels of channels.
 WinogradTiles panels_of(float* data, int64_t channels, int64_t tiles) {
   const int64_t panel = WUS_DISPATCH(gemm_kernels).panel;
-  return {data, panel, divide_up(channels, panel) * tiles * panel + 16, tiles * panel};
+  return {data, panel, divide_up(channels, panel) * tiles * panel + 16, tiles * panel, nullptr};
 }
 
 void transform(const WeightGradient& work, const Round& round, const WinogradTiles& v,
@@ -47,7 +48,7 @@ void transform(const WeightGradient& work, const Round& round, const WinogradTil
 
 }  // namespace
 
-void run_winograd_wgrad(const WeightGradient& work, int64_t tiles) {
+bool run_winograd_wgrad(const WeightGradient& work, int64_t tiles) {
   const auto& kernels = WUS_DISPATCH(winograd_kernels);
   const auto& gemm = WUS_DISPATCH(gemm_kernels);
   const int64_t inputs = work.input.channels, outputs = work.grad.channels;
@@ -67,6 +68,7 @@ void run_winograd_wgrad(const WeightGradient& work, int64_t tiles) {
   g.data = v.data + frequencies * v.plane;
   float* blocks = g.data + frequencies * g.plane;
 
+  std::atomic<bool> trusted = true;
   for (int64_t r = 0; r < rounds; ++r) {
     const Round round{tiles * r / rounds, tiles * (r + 1) / rounds};
     transform(work, round, v, g);
@@ -83,11 +85,14 @@ void run_winograd_wgrad(const WeightGradient& work, int64_t tiles) {
         if (r + 1 < rounds) continue;
         WinogradGradient to = work.weight;
         to.data += row * panel * to.output + column * panel * to.input;
-        kernels.wgrad[static_cast<int>(work.scheme.kernel)](
-            sums, to, height, std::min(panel, inputs - column * panel));
+        if (!kernels.wgrad[static_cast<int>(work.scheme.kernel)](
+                sums, to, height, std::min(panel, inputs - column * panel))) {
+          trusted = false;
+        }
       }
     });
   }
+  return trusted;
 }
 
 }  // namespace wus::cpu

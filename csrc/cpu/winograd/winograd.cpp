@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/gemm/kernels.h"
+#include "cpu/winograd/direct.h"
 #include "cpu/winograd/schedule.h"
 
 namespace wus::cpu {
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& p
                     width, " is too small to pool");
 
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
   const Tensor rows = affine ? affine->contiguous() : Tensor();
   Tensor y = pool ? empty_map(x, out_channels, height / 2, width / 2)
                   : empty_map(x, out_channels, height, width);
@@ -228,13 +229,15 @@ std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& p
   conv.in.padding = padding;
   conv.out.y = y.mutable_data_ptr<float>();
   conv.out.mask = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  conv.out.bias = b.defined() ? b.const_data_ptr<float>() : nullptr;
+  conv.out.bias = b ? b->const_data_ptr<float>() : nullptr;
   conv.out.height = height;
   conv.out.width = width;
   conv.out.channels = out_channels;
-  Tensor stats = run_winograd(conv, images, false, x.options().memory_format(std::nullopt));
+  const Outcome outcome =
+      run_winograd(conv, images, false, x.options().memory_format(std::nullopt));
+  if (!outcome.trusted) return convolve_directly(conv, packed, b, images);
   if (mask.defined()) return {y, mask};
-  return {y, kind == WinogradEpilogue::stats ? stats : at::empty({0}, bytes)};
+  return {y, kind == WinogradEpilogue::stats ? outcome.sums : at::empty({0}, bytes)};
 }
 
 std::tuple<Tensor, Tensor> winograd_dgrad(const Tensor& grad_output, const Tensor& packed,
@@ -264,8 +267,12 @@ std::tuple<Tensor, Tensor> winograd_dgrad(const Tensor& grad_output, const Tenso
   conv.out.width = input_size[1];
   conv.out.channels = in_channels;
   const bool want_sums = prologue >= 1 && prologue <= 3;
-  Tensor grad_bias = run_winograd(conv, grad_output.size(0), want_sums, gradient.map.options());
-  return {grad_input, grad_bias};
+  const int64_t images = grad_output.size(0);
+  const Outcome outcome = run_winograd(conv, images, want_sums, gradient.map.options());
+  if (!outcome.trusted) {
+    grad_input = std::get<0>(convolve_directly(conv, packed, std::nullopt, images));
+  }
+  return {grad_input, outcome.sums};
 }
 
 Tensor winograd_wgrad(const Tensor& grad_output, const Tensor& input, const OptionalTensor& mask,
@@ -297,7 +304,9 @@ Tensor winograd_wgrad(const Tensor& grad_output, const Tensor& input, const Opti
   work.input.tile_cols = work.grad.tile_cols = divide_up(work.grad.width, work.scheme.tile);
   work.weight = {weight.mutable_data_ptr<float>(), 9 * inputs, 1, 3 * inputs, inputs};
   if (!channels_last) work.weight = {work.weight.data, 9 * inputs, 9, 3, 1};
-  run_winograd_wgrad(work, images * work.grad.tile_rows * work.grad.tile_cols);
+  if (!run_winograd_wgrad(work, images * work.grad.tile_rows * work.grad.tile_cols)) {
+    weight.copy_(weigh_directly(work, x, padding));
+  }
   return weight;
 }
 
