@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext
-from wus_ext.training.memory import saving
+from wus_ext.profiling.saved import saving
 
 NETWORKS = {
     "alexnet": lambda: wus_ext.models.alexnet(),

@@ -13,10 +13,12 @@ from ._version import __version__
 from .conversion.convert import convert, describe, packed_bytes, revert
 from .conversion.windows import is_skipping, set_skip, skip_weight_updates
 from .methods.policy import WUS, WUSLR
+from .profiling import Profile, profile
 
 __all__ = [
     "WUS",
     "WUSLR",
+    "Profile",
     "__version__",
     "build_info",
     "convert",
@@ -27,6 +29,7 @@ __all__ = [
     "models",
     "nn",
     "packed_bytes",
+    "profile",
     "revert",
     "set_skip",
     "skip_weight_updates",

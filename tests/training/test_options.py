@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import wus_ext
+from wus_ext.profiling.saved import saving
 from wus_ext.training import ConfigError, Trainer
 from wus_ext.training.compare import CompareConfig, compare
-from wus_ext.training.memory import saving
 from wus_ext.training.runfolder import RunFolder
 
 from . import tiny

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ..training.errors import ConfigError, DataError, MissingExtra, TrainingError
-from . import compare, evaluate, export, info, train
+from . import compare, evaluate, export, info, profile, train
 from .faults import close_output, fail, lack, warnings_as_lines
 
 __all__ = ["main", "parser"]
 
 #: In the order of ``--help``; a new one is a file beside this one, with its ``add``.
-_COMMANDS = (train, compare, evaluate, export, info)
+_COMMANDS = (train, compare, evaluate, export, profile, info)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Resources(Protocol):
 
     options: SkipOptions
     packed: PackedWeights
+    notes: Any
 
 
 class Norm(NamedTuple):
@@ -90,7 +91,10 @@ def run_conv(
 
     def algorithm(weight: Weight, backward: bool) -> Algorithm:
         geometry, options = plan.geometry, engine.options
-        return choose(weight, geometry, options, engine.packed, images, backward, plan.dtype)
+        chosen = choose(weight, geometry, options, engine.packed, images, backward, plan.dtype)
+        if engine.notes is not None:
+            engine.notes.algorithms[conv] = chosen.name
+        return chosen
 
     if norm is not None and norm.batch:
         input = input if below is None else below.settled()

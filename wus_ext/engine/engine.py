@@ -26,7 +26,7 @@ from .chains import Norm, resume, run_conv, run_linear
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
-from .plan import Key, Plan, plan_conv, plan_linear, tensor_types
+from .plan import Key, Plan, plan_conv, plan_linear, tensor_types, why_not
 from .storage_access import settle_before_storage_access
 from .support import on_gpu
 
@@ -39,6 +39,19 @@ class _Layer:
 
     ref: weakref.ref
     plans: dict[Key, Plan | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Notes:
+    """What layers did.
+
+    Attributes:
+        algorithms: by which their chains ran.
+        reasons: why they ran by themselves.
+    """
+
+    algorithms: dict[nn.Module, str] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
 
 
 class Engine:
@@ -57,6 +70,7 @@ class Engine:
         #: The chains of the first step that runs fused, for the log; then None.
         self.record: list[tuple[nn.Module, str]] | None = []
         self._reported = False
+        self.notes: Notes | None = None
         self._layers: dict[int, _Layer] = {}
         #: Shapes of inputs for which no layer deferred without gradients; whether one has now.
         self._idle: set[Key] = set()
@@ -109,6 +123,15 @@ class Engine:
             yield self.record
         finally:
             self.record = before
+
+    @contextmanager
+    def explaining(self) -> Iterator[Notes]:
+        """How the layers that are called inside run, and why some run by themselves."""
+        self.notes = Notes()
+        try:
+            yield self.notes
+        finally:
+            self.notes = None
 
     def end_window(self, layers: Collection[nn.Module] | None = None) -> None:
         """Weights of these layers, or all, are about to change: drops what was made of them."""
@@ -167,6 +190,8 @@ class Engine:
             or not (layer.skip_wgrad or (self.options.full == "fused" and not on_gpu(weight)))
             or (not torch.is_grad_enabled() and input.numel() < self.FEW_VALUES)
         ):
+            if self.notes is not None:
+                self.notes.reasons[layer] = why_not(layer, input)
             return None
         self._deferred = True
         return weight
@@ -183,6 +208,8 @@ class Engine:
                 known.plans.clear()
             make = plan_conv if isinstance(layer, nn.Conv2d) else plan_linear
             known.plans[key] = make(layer, input, weight, bias)
+        if self.notes is not None and known.plans[key] is None:
+            self.notes.reasons[layer] = why_not(layer, input)
         return known.plans[key]
 
     # Called back by csrc/deferral.

@@ -12,7 +12,7 @@ from .._torch import autocasts
 from .conv.geometry import Geometry
 from .support import TYPES
 
-__all__ = ["Key", "Plan", "plan_conv", "plan_linear", "tensor_types"]
+__all__ = ["Key", "Plan", "plan_conv", "plan_linear", "tensor_types", "why_not"]
 
 #: What a layer's call depends on, besides its tensors' values.
 Key = tuple[Any, ...]
@@ -103,3 +103,24 @@ def plan_linear(
     ):
         return None
     return Plan([input.size(0), weight.size(0)], dtype)
+
+
+def why_not(layer: nn.Module, input: Tensor) -> str:
+    """Why a layer's call does not run fused, in a few words."""
+    if type(input) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(input).__name__}"
+    types = TYPES.get(input.device.type, ())
+    device = input.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    if dtype not in types:
+        return f"{str(dtype).removeprefix('torch.')} on {device} has no fused form"
+    dims = 4 if isinstance(layer, nn.Conv2d) else 2
+    if input.dim() != dims:
+        return f"an input of {input.dim()} dimensions has no fused form"
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode={layer.padding_mode!r} has no fused form"
+    if isinstance(getattr(layer, "padding", None), str):
+        return f"padding={layer.padding!r} has no fused form"
+    if not torch.is_grad_enabled():
+        return "too few values to gain without gradients"
+    return "its weight trains, or its shapes or types do not fit"

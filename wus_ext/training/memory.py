@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..conversion.convert import packed_bytes
+from ..profiling.saved import saving
 
-__all__ = ["StepMemory", "saving"]
-
-
-@contextmanager
-def saving(kept: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
-    """Count what autograd saves for backward meanwhile, each storage once.
-
-    Args:
-        kept: what lives anyway and does not count: parameters, buffers, inputs.
-
-    Yields:
-        A function that gives the bytes so far.
-
-    >>> x = torch.ones(4, requires_grad=True)
-    >>> with saving([x]) as saved:
-    ...     y = x.exp()
-    >>> saved()
-    16
-    """
-    known = {tensor.untyped_storage().data_ptr() for tensor in kept}
-    sizes: dict[int, int] = {}
-    held = []  # keeps an address from being used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(sizes.values())
-    held.clear()
+__all__ = ["StepMemory"]
 
 
 class StepMemory:

@@ -73,6 +73,8 @@ class Algorithm(ABC):
     """
 
     geometry: Geometry
+    #: For people.
+    name: str
 
     @abstractmethod
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
@@ -207,6 +209,8 @@ class Unfused(Algorithm):
 class Direct(Unfused):
     """The library's own convolution: oneDNN's, cuDNN's."""
 
+    name = "oneDNN"
+
     def __init__(self, geometry: Geometry, weight: Tensor) -> None:
         self.geometry = geometry
         self.weight = weight
@@ -239,6 +243,8 @@ class OnGpu(Direct):
     The bias may be float32 behind a convolution in low precision, so that it is never cast.
     """
 
+    name = "cuDNN"
+
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         if bias is None:
             return super().forward(input, None, act)
@@ -265,6 +271,8 @@ class OnGpu(Direct):
 class Strided(Unfused):
     """3x3 with stride 2 or 1x1 with any stride, on weights that were packed before."""
 
+    name = "strided"
+
     def __init__(self, geometry: Geometry, copies: Copies) -> None:
         self.out_channels, self.in_channels = geometry.out_channels, geometry.in_channels
         self.geometry = geometry
@@ -282,6 +290,8 @@ class Strided(Unfused):
 
 class Given(Unfused):
     """The output of a convolution that has run already, because somebody else holds it, too."""
+
+    name = "given"
 
     def __init__(self, image: Tensor) -> None:
         channels, size = image.size(1), (image.size(2), image.size(3))

@@ -20,6 +20,8 @@ ops = torch.ops.wus
 class Depthwise(Rowwise):
     """On the weight as it is."""
 
+    name = "depthwise"
+
     def __init__(self, geometry: Geometry, weight: Tensor) -> None:
         self.geometry = geometry
         self.weight = weight

@@ -17,6 +17,8 @@ ops = torch.ops.wus
 class Pointwise(Rowwise):
     """On the weight packed for the forward pass, and its transpose for the data gradient."""
 
+    name = "1x1"
+
     def __init__(self, geometry: Geometry, copies: Copies) -> None:
         self.geometry = geometry
         self.copies = copies

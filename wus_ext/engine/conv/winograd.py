@@ -39,6 +39,7 @@ class Winograd(Algorithm):
         self.geometry = geometry
         self.padding = geometry.padding[0]
         self.scheme = int(scheme)
+        self.name = f"Winograd {scheme.name}"
         self.copies = copies
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
