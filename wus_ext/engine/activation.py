@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ class Act:
     RELU_POOL: ClassVar[Act]  # ReLU and a 2x2 max-pool
 
     @staticmethod
-    @cache
+    @lru_cache(maxsize=256)
     def of(kind: int, slope: float, pool: tuple[int, int, int, bool] | None) -> Act:
         """As ``csrc/deferral`` has it."""
         return Act(Kind(kind), slope, None if pool is None else Pool(*pool))
