@@ -109,3 +109,24 @@ def test_memory_for_one_use_is_given_back_when_stock_takes_over():
     model(x).sum().backward()
     wus_ext.set_skip(model, False)
     assert wus_ext.packed_bytes(model) == 0
+
+
+@pytest.mark.parametrize("batch", [2, 8, 32])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_a_windows_first_step_computes_what_later_ones_do(norm, batch):
+    """What is chosen does not depend on what is kept by now: a resumed run starts with nothing."""
+    torch.manual_seed(0)
+    skip = wus_ext.convert(network(), norm=norm)
+    wus_ext.set_skip(skip, True)
+    x = images((batch, 3, 16, 16))
+    results = []
+    for _ in range(3):
+        skip.zero_grad()
+        output = skip(x)
+        output.square().sum().backward()
+        results.append(
+            [output.detach(), *(p.grad for p in skip.parameters() if p.grad is not None)]
+        )
+    for later in results[1:]:
+        for mine, first in zip(later, results[0], strict=True):
+            assert torch.equal(mine, first)

@@ -75,7 +75,10 @@ class Products:
         rows = input.size(0)
 
         def copy(name: str, weight: Tensor) -> Tensor | None:
-            if not packed.fits(linear, (name,), lambda: weight.nbytes):
+            # One copy takes what the gradient would; which must not depend on what is kept by now.
+            own = packed.budget == "auto"
+            fits = name == "forward" if own else packed.fits(linear, (name,), lambda: weight.nbytes)
+            if not fits:
                 return None
             return packed.get(
                 linear, name, sources, lambda: packed_linear_weight(weight.contiguous(), rows)

@@ -20,7 +20,7 @@ __all__ = ["choose"]
 
 #: Pixels of an output, over the batch, from which packing a weight for one step pays: for one use
 #: with gradients, whose memory is at hand, and for one without.
-STEP_ROWS, LONE_ROWS = 256, 2048
+STEP_ROWS, LONE_ROWS = 128, 2048
 #: Elements of a weight up to which its gradient is best made in the same pass as the input's.
 SMALL_WEIGHT = 1 << 16
 
@@ -46,13 +46,16 @@ def choose(
     auto = options.algo == "auto"
     rows = images * geometry.output_size[0] * geometry.output_size[1]
     lone = weight.trains and not torch.is_grad_enabled()
-    enough = not auto or rows >= (LONE_ROWS if lone else STEP_ROWS)
+    # What is chosen must not depend on how much is kept by now: a resumed run starts with nothing.
+    pays = not auto or rows >= (LONE_ROWS if lone else STEP_ROWS)
+    if not pays and options.memory_budget is None and not weight.trains:
+        pays = True
 
     def copies(form: Form) -> Copies | None:
+        if not pays:
+            return None
         kept = None if weight.trains else Copies.kept(packed, form, weight, backward)
-        if kept is not None or not enough or weight.folded is not None:
-            return kept
-        return Copies.passing(packed, form, weight)
+        return kept or Copies.passing(packed, form, weight)
 
     for scheme in schemes(geometry, options.algo):
         if made := copies(Form("winograd", int(scheme))):
