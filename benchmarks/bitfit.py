@@ -14,11 +14,12 @@ import argparse
 import copy
 
 import torch
-from common import freeze, interleaved, machine, median_ms, saved_bytes, spread, table
+from common import freeze, machine, median_ms, saved_bytes, table
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import wus_ext
+from wus_ext.profiling.timing import interleaved, spread
 
 MIB = 2**20
 

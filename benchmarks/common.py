@@ -6,7 +6,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -80,22 +79,6 @@ def freeze(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def interleaved(
-    variants: dict[str, Callable[[], None]], rounds: int, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each call; the variants take turns, so that drift hits all alike."""
-    for run in variants.values():
-        for _ in range(warmup):
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward, each storage once.
 
@@ -110,12 +93,6 @@ def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> 
 
 def median_ms(seconds: list[float]) -> float:
     return statistics.median(seconds) * 1e3
-
-
-def spread(seconds: list[float]) -> float:
-    """Half the distance between the quartiles, as a part of the median."""
-    low, _, high = statistics.quantiles(seconds, n=4)
-    return (high - low) / 2 / statistics.median(seconds)
 
 
 def machine() -> str:

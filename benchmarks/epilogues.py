@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common import machine, spread, table
+from common import machine, table
 from kernels import seconds
 
 import wus_ext
@@ -28,6 +28,7 @@ from wus_ext.engine.conv.algorithm import Direct
 from wus_ext.engine.conv.geometry import Geometry
 from wus_ext.engine.gpu.tuning import agree
 from wus_ext.engine.linear import Products
+from wus_ext.profiling.timing import spread
 
 ops = torch.ops.wus
 #: Channels and pixels of convolutions that follow one without pooling: VGG and ResNet.

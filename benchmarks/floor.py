@@ -15,11 +15,12 @@ import math
 import statistics
 
 import torch
-from common import NETWORKS, TrainingStep, batch, interleaved, machine, table
+from common import NETWORKS, TrainingStep, batch, machine, table
 from torch import nn
 
 import wus_ext
 from wus_ext.engine.conv.geometry import Geometry, Scheme, schemes, suits_strided
+from wus_ext.profiling.timing import interleaved
 
 SIDE = 2048
 #: Products of a tile, and the tile's outputs along a side.

@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import NETWORKS, TrainingStep, batch, freeze, machine, median_ms, spread, table
+from common import NETWORKS, TrainingStep, batch, freeze, machine, median_ms, table
 
 import wus_ext
 from wus_ext.engine.options import EPILOGUES
+from wus_ext.profiling.timing import spread
 from wus_ext.training.graphs import CudaGraph
 
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import machine, spread, table
+from common import machine, table
 
 import wus_ext  # noqa: F401  (registers torch.ops.wus)
+from wus_ext.profiling.timing import spread
 
 ops = torch.ops.wus
 aten = torch.ops.aten

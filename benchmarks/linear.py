@@ -14,7 +14,9 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, machine, median_ms, table
+from common import machine, median_ms, table
+
+from wus_ext.profiling.timing import interleaved
 
 wus = torch.ops.wus
 

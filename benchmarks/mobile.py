@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, machine, median_ms, table
+from common import machine, median_ms, table
 
 import wus_ext  # noqa: F401  (registers torch.ops.wus)
+from wus_ext.profiling.timing import interleaved
 
 ops = torch.ops.wus
 aten = torch.ops.aten

@@ -27,11 +27,12 @@ from statistics import geometric_mean
 from typing import Any
 
 import torch
-from common import freeze, interleaved, machine, median_ms, saved_bytes, table
+from common import freeze, machine, median_ms, saved_bytes, table
 from torch import Tensor, nn
 from workloads import FEW_3X3, PAPER, WORKLOADS, Workload
 
 import wus_ext
+from wus_ext.profiling.timing import interleaved
 
 MIB = 2**20
 MODES = ("full", "frozen", "skip", "input", "fused", "eval")

@@ -17,19 +17,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import (
-    NETWORKS,
-    batch,
-    interleaved,
-    machine,
-    median_ms,
-    saved_bytes,
-    spread,
-    table,
-)
+from common import NETWORKS, batch, machine, median_ms, saved_bytes, table
 from torch import Tensor, nn
 
 import wus_ext
+from wus_ext.profiling.timing import interleaved, spread
 
 MIB = 2**20
 EPSILON, STEP = 8 / 255, 2 / 255

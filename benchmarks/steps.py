@@ -23,15 +23,14 @@ from common import (
     TrainingStep,
     batch,
     freeze,
-    interleaved,
     machine,
     median_ms,
-    spread,
     table,
     use_tuned_malloc,
 )
 
 import wus_ext
+from wus_ext.profiling.timing import interleaved, spread
 
 
 def variants(name: str, args: argparse.Namespace) -> dict[str, TrainingStep]:

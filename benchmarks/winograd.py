@@ -14,9 +14,9 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from common import interleaved
 
 import wus_ext
+from wus_ext.profiling.timing import interleaved
 
 wus = torch.ops.wus
 

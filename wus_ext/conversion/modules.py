@@ -94,7 +94,7 @@ class SkipModel(SkipModule):
             session.abandon()
             raise
         session.finish()
-        engine.note(inputs)
+        engine.remember(inputs)
         engine.report(type(self).__name__)
         return output
 

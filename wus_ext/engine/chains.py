@@ -98,12 +98,8 @@ def run_conv(
 
     if norm is not None and norm.batch:
         input = input if below is None else below.settled()
-        gamma = norm.weight
-        if norm.constant and gamma is not None:
-            gamma = gamma.detach()
-        chosen = algorithm(own, wants_dgrad(input))
-        return ConvNormAct.apply(
-            input, bias, trained, gamma, norm.bias, residual, chosen, norm, act
+        return applied(
+            algorithm(own, wants_dgrad(input)), input, bias, trained, norm, residual, act
         )
     if norm is not None and weight_trains:  # folding would be for this call only
         chosen = algorithm(own, False)
@@ -118,9 +114,7 @@ def run_conv(
             return linked(layer, input, bias, residual, below, hold)
     if below is not None:
         input = below.settled()
-    if residual is not None:
-        return ConvAddAct.apply(input, bias, trained, residual, chosen, act)
-    return ConvAct.apply(input, bias, trained, chosen, act)
+    return applied(chosen, input, bias, trained, None, residual, act)
 
 
 def resume(image: Tensor, norm: Norm | None, residual: Tensor | None, act: Act) -> Tensor | None:
@@ -139,15 +133,34 @@ def resume(image: Tensor, norm: Norm | None, residual: Tensor | None, act: Act) 
         return None
     if residual is not None:
         residual = entered(residual, False)
-    given = Given(image)
+    return applied(Given(image), image, None, None, norm, residual, act)
+
+
+def applied(
+    algorithm: Algorithm,
+    input: Tensor,
+    bias: Tensor | None,
+    trained: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    act: Act,
+) -> Tensor:
+    """A convolution and what follows it, as one autograd function.
+
+    Args:
+        trained: the weight, where it gets a gradient.
+        norm: with the batch's statistics.
+    """
     if norm is not None:
         gamma = norm.weight
         if norm.constant and gamma is not None:
             gamma = gamma.detach()
-        return ConvNormAct.apply(image, None, None, gamma, norm.bias, residual, given, norm, act)
+        return ConvNormAct.apply(
+            input, bias, trained, gamma, norm.bias, residual, algorithm, norm, act
+        )
     if residual is not None:
-        return ConvAddAct.apply(image, None, None, residual, given, act)
-    return ConvAct.apply(image, None, None, given, act)
+        return ConvAddAct.apply(input, bias, trained, residual, algorithm, act)
+    return ConvAct.apply(input, bias, trained, algorithm, act)
 
 
 def run_linear(

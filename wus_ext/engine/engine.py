@@ -97,7 +97,7 @@ class Engine:
         session = deferral.Session(self, bool(self.options.epilogues))
         return session if session.begin() else None
 
-    def note(self, inputs: tuple[Any, ...]) -> None:
+    def remember(self, inputs: tuple[Any, ...]) -> None:
         """Remembers whether the forward pass that ends now was worth a session."""
         if not torch.is_grad_enabled() and not self._deferred:
             if len(self._idle) == self.MOST_PLANS:
@@ -190,9 +190,7 @@ class Engine:
             or not (layer.skip_wgrad or (self.options.full == "fused" and not on_gpu(weight)))
             or (not torch.is_grad_enabled() and input.numel() < self.FEW_VALUES)
         ):
-            if self.notes is not None:
-                self.notes.reasons[layer] = why_not(layer, input)
-            return None
+            return self._by_itself(layer, input)
         self._deferred = True
         return weight
 
@@ -208,9 +206,12 @@ class Engine:
                 known.plans.clear()
             make = plan_conv if isinstance(layer, nn.Conv2d) else plan_linear
             known.plans[key] = make(layer, input, weight, bias)
-        if self.notes is not None and known.plans[key] is None:
+        return known.plans[key] or self._by_itself(layer, input)
+
+    def _by_itself(self, layer: nn.Module, input: Tensor) -> None:
+        """Notes why a layer runs by itself, if somebody asked."""
+        if self.notes is not None:
             self.notes.reasons[layer] = why_not(layer, input)
-        return known.plans[key]
 
     # Called back by csrc/deferral.
 

@@ -74,11 +74,13 @@ class Products:
             return cls(weight)
         rows = input.size(0)
 
+        def fits(name: str) -> bool:
+            if packed.budget == "auto":  # one copy takes what the gradient would, whatever is kept
+                return name == "forward"
+            return packed.fits(linear, (name,), lambda: weight.nbytes)
+
         def copy(name: str, weight: Tensor) -> Tensor | None:
-            # One copy takes what the gradient would; which must not depend on what is kept by now.
-            own = packed.budget == "auto"
-            fits = name == "forward" if own else packed.fits(linear, (name,), lambda: weight.nbytes)
-            if not fits:
+            if not fits(name):
                 return None
             return packed.get(
                 linear, name, sources, lambda: packed_linear_weight(weight.contiguous(), rows)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..engine.parameters import is_converted
 from ..nn import DropIn, is_bias
 from .report import Layer, Profile, Step
 from .saved import peak_bytes, saving
+from .timing import interleaved, spread
 
 __all__ = ["profile"]
 
@@ -74,14 +74,7 @@ def profile(
             for kind in _kinds(bf16)
         }
         layers = _layers(runs["skip"])
-        for run in runs.values():
-            run()  # transforms of a window's first step, tuning
-        seconds: dict[str, list[float]] = {kind: [] for kind in runs}
-        for _ in range(rounds):
-            for kind, run in runs.items():
-                start = time.perf_counter()
-                run()
-                seconds[kind].append(time.perf_counter() - start)
+        seconds = interleaved(runs, rounds, warmup=1)  # a window's first step transforms weights
         steps = {kind: run.measured(seconds[kind]) for kind, run in runs.items()}
     root = stock_class(type(model)).__name__
     return Profile(root, device.type, torch.get_num_threads(), steps, layers)
@@ -161,8 +154,6 @@ class _Run:
 
     def measured(self, seconds: list[float]) -> Step:
         """What the step costs."""
-        low, middle, high = quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-        spread = (high - low) / 2 / middle
         self.model.zero_grad(set_to_none=True)
         peak = peak_bytes(self, self.device)
         transformed = packed_bytes(self.model) if is_converted(self.model) else 0
@@ -175,7 +166,8 @@ class _Run:
             loss.backward()
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self.model.zero_grad(set_to_none=True)
-        return Step(self.kind, median(seconds) * 1e3, spread, saved, transformed, gradients, peak)
+        milliseconds = median(seconds) * 1e3
+        return Step(self.kind, milliseconds, spread(seconds), saved, transformed, gradients, peak)
 
 
 def _layers(run: _Run) -> list[Layer]:

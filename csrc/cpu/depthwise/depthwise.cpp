@@ -10,6 +10,7 @@
 #include "cpu/activation/gradient.h"
 #include "cpu/batch_norm/statistics.h"
 #include "cpu/depthwise/schedule.h"
+#include "cpu/maps.h"
 #include "cpu/parallel_rows.h"
 
 namespace wus::cpu {
@@ -58,11 +59,6 @@ void check_map(const Tensor& map, const char* name, const DepthwiseShape& s, int
                     height, ", ", width, "], got ", map.sizes());
 }
 
-Tensor empty_map(const Tensor& like, const DepthwiseShape& s, int64_t height, int64_t width) {
-  return at::empty({s.images, s.channels, height, width},
-                   like.options().memory_format(at::MemoryFormat::ChannelsLast));
-}
-
 struct Forward {
   FrontedInput input;
   Tensor weight, bias, output;
@@ -76,7 +72,7 @@ struct Forward {
     const DepthwiseShape s = shape_of(x.size(0), w, x.sizes().slice(2), stride, padding);
     check_map(x, "input", s, s.height, s.width);
     bias = per_channel(b, "bias", s.channels);
-    output = empty_map(input.x, s, s.oh, s.ow);
+    output = empty_map(input.x, s.channels, s.oh, s.ow);
     work.shape = s;
     work.input = input.op;
     work.weight = data(weight);
@@ -92,18 +88,8 @@ std::tuple<Tensor, Tensor> depthwise_forward(const Tensor& input, const Tensor& 
                                              int64_t input_act, double input_slope) {
   check_act(act);
   Forward forward(input, weight, bias, stride, padding, input_norm, input_act, input_slope);
-  auto& work = forward.work;
-  work.act = static_cast<int>(act);
-  work.slope = static_cast<float>(slope);
-  Tensor saved = nothing(forward.output, at::kByte);
-  if (save && has_bits(work.act)) {
-    saved = empty_mask(forward.output);
-    work.mask = saved.mutable_data_ptr<uint8_t>();
-  } else if (save && act != kNone) {
-    saved = empty_rows(forward.output);
-    work.kept = saved.mutable_data_ptr<float>();
-  }
-  run_depthwise(work);
+  const Tensor saved = forward.work.following.set(forward.output, act, slope, save);
+  run_depthwise(forward.work);
   return {forward.output, saved};
 }
 
@@ -155,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(
   work.input_mean = data(mean);
   Tensor grad_input = nothing(gradient.grad);
   if (need_grad_input) {
-    grad_input = empty_map(gradient.grad, s, s.height, s.width);
+    grad_input = empty_map(gradient.grad, s.channels, s.height, s.width);
     work.grad_input = grad_input.mutable_data_ptr<float>();
   }
   std::optional<FrontedInput> source;

@@ -7,13 +7,12 @@
 #include <vector>
 
 #include "cpu/batch_norm/kernels.h"
+#include "cpu/divide.h"
 #include "cpu/range_sums.h"
 #include "cpu/scratch.h"
 
 namespace wus::cpu {
 namespace {
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const DepthwiseKernels& kernels_for(const DepthwiseShape& shape) {
   return WUS_DISPATCH(depthwise_kernels).by[shape.kernel == 5][shape.stride - 1];
@@ -139,14 +138,15 @@ void forward_range(const DepthwiseForward& work, const Blocks& blocks, int64_t r
     for (int64_t row = first; row < last; ++row) {
       const int64_t line = image * s.oh + row;
       float* output = work.output + line * floats;
-      float* product = work.kept ? work.kept + line * floats : output;
+      float* product = work.following.kept ? work.following.kept + line * floats : output;
       kernels.forward(input.under(row), taps, work.bias, s.channels, s.ow, product);
       if (sums) WUS_DISPATCH(batch_norm_kernels).moments(product, s.ow, s.channels, sums);
-      if (work.act == kNone) continue;
-      const Activated op = {product, nullptr, nullptr, nullptr, s.channels, work.act, work.slope};
+      if (work.following.act == kNone) continue;
+      const Activated op = {
+          product, nullptr, nullptr, nullptr, s.channels, work.following.act, work.following.slope};
       WUS_DISPATCH(activation_kernels)
           .forward(op, 0, s.ow, {output, s.channels},
-                   work.mask ? work.mask + line * s.ow * bytes : nullptr);
+                   work.following.mask ? work.following.mask + line * s.ow * bytes : nullptr);
     }
   });
 }

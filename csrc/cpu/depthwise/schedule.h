@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "cpu/activation/following.h"
 #include "cpu/activation/kernels.h"
 #include "cpu/depthwise/kernels.h"
 
@@ -23,12 +24,7 @@ struct DepthwiseForward {
   const float* weight;  // [channels][kernel * kernel]
   const float* bias;    // or null
   float* output;
-  // What follows: nothing or an activation, whose input is kept unless kept is null, and whose bits
-  // unless mask is null.
-  int act;
-  float slope;
-  float* kept;
-  uint8_t* mask;
+  Following following;
 };
 
 void run_depthwise(const DepthwiseForward& work);

@@ -8,6 +8,7 @@
 
 #include "cpu/activation/gradient.h"
 #include "cpu/batch_norm/statistics.h"
+#include "cpu/maps.h"
 #include "cpu/parallel_rows.h"
 #include "cpu/pointwise/schedule.h"
 
@@ -17,26 +18,31 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Tensor empty_packed(const Tensor& weight, bool dgrad) {
+void check_weight(const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(1) > 0 &&
                         weight.size(2) == 1 && weight.size(3) == 1,
                     "pointwise: weight must be [outputs, inputs, 1, 1], got shape ",
                     weight.sizes());
+}
+
+Tensor empty_packed(const Tensor& weight, bool dgrad) {
+  check_weight(weight);
   const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
   return at::empty({pointwise_packed_size(inputs, outputs)},
                    weight.options().memory_format(std::nullopt));
 }
 
 Tensor& pointwise_pack_(Tensor& packed, const Tensor& weight, bool dgrad) {
-  const Tensor like = empty_packed(weight.to(at::kMeta), dgrad);
+  check_weight(weight);
   check_float(weight, "pointwise: weight");
   check_float(packed, "pointwise: packed");
-  TORCH_CHECK_VALUE(packed.sizes() == like.sizes() && packed.is_contiguous(),
-                    "pointwise: packed must be contiguous, of shape ", like.sizes(), ", got ",
-                    packed.sizes());
+  const int64_t inputs = weight.size(dgrad ? 0 : 1), outputs = weight.size(dgrad ? 1 : 0);
+  const int64_t sizes[] = {pointwise_packed_size(inputs, outputs)};
+  TORCH_CHECK_VALUE(packed.sizes() == sizes && packed.is_contiguous(),
+                    "pointwise: packed must be contiguous, of shape ", at::IntArrayRef(sizes),
+                    ", got ", packed.sizes());
   pack_pointwise(weight.const_data_ptr<float>(), weight.stride(dgrad ? 1 : 0),
-                 weight.stride(dgrad ? 0 : 1), weight.size(dgrad ? 0 : 1),
-                 weight.size(dgrad ? 1 : 0), packed.mutable_data_ptr<float>());
+                 weight.stride(dgrad ? 0 : 1), inputs, outputs, packed.mutable_data_ptr<float>());
   return packed;
 }
 
@@ -59,11 +65,6 @@ void check_packed(const Tensor& packed, int64_t inputs, int64_t outputs) {
                     size, "], got ", packed.scalar_type(), " of shape ", packed.sizes());
 }
 
-Tensor empty_map(const Tensor& like, int64_t channels) {
-  return at::empty({like.size(0), channels, like.size(2), like.size(3)},
-                   like.options().memory_format(at::MemoryFormat::ChannelsLast));
-}
-
 struct Forward {
   FrontedInput input;
   Tensor packed, bias, output;
@@ -75,7 +76,7 @@ struct Forward {
     check_map(x, "input");
     check_packed(packed, x.size(1), outputs);
     bias = per_channel(b, "bias", outputs);
-    output = empty_map(input.x, outputs);
+    output = empty_map(input.x, outputs, x.size(2), x.size(3));
     work.rows = wus::Rows(input.x).rows;
     work.inputs = x.size(1);
     work.outputs = outputs;
@@ -93,18 +94,8 @@ std::tuple<Tensor, Tensor> pointwise_forward(const Tensor& input, const Tensor& 
                                              double input_slope) {
   check_act(act);
   Forward forward(input, packed, bias, out_channels, input_norm, input_act, input_slope);
-  auto& work = forward.work;
-  work.act = static_cast<int>(act);
-  work.slope = static_cast<float>(slope);
-  Tensor saved = nothing(forward.output, at::kByte);
-  if (save && has_bits(work.act)) {
-    saved = empty_mask(forward.output);
-    work.mask = saved.mutable_data_ptr<uint8_t>();
-  } else if (save && act != kNone) {
-    saved = empty_rows(forward.output);
-    work.kept = saved.mutable_data_ptr<float>();
-  }
-  run_pointwise(work, false);
+  const Tensor saved = forward.work.following.set(forward.output, act, slope, save);
+  run_pointwise(forward.work, false);
   return {forward.output, saved};
 }
 
@@ -137,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_backward(
   Tensor grad_input = nothing(gradient.grad), grad_weight = nothing(gradient.grad);
   if (packed) {
     check_packed(*packed, work.outputs, in_channels);
-    grad_input = empty_map(gradient.grad, in_channels);
+    grad_input = empty_map(gradient.grad, in_channels, grad_output.size(2), grad_output.size(3));
     work.packed = data(*packed);
     work.grad_input = grad_input.mutable_data_ptr<float>();
   }

@@ -5,14 +5,13 @@
 #include <algorithm>
 
 #include "cpu/batch_norm/kernels.h"
+#include "cpu/divide.h"
 #include "cpu/gemm/kernels.h"
 #include "cpu/range_sums.h"
 #include "cpu/scratch.h"
 
 namespace wus::cpu {
 namespace {
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows in blocks, whole passes of the GEMM, and ranges of blocks that share a sum.
 struct Blocks {
@@ -92,18 +91,19 @@ void forward_block(const PointwiseForward& work, int64_t first, int64_t last, fl
                    double* sums) {
   const int64_t rows = last - first, outputs = work.outputs;
   float* output = work.output + first * outputs;
-  float* product = work.kept ? work.kept + first * outputs : output;
+  float* product = work.following.kept ? work.following.kept + first * outputs : output;
   if (work.bias) {
     for (int64_t i = 0; i < rows; ++i) std::copy_n(work.bias, outputs, product + i * outputs);
   }
   multiply(input_rows(work.input, first, last, memory), work.packed, product, rows, work.inputs,
            outputs, work.bias != nullptr);
   if (sums) WUS_DISPATCH(batch_norm_kernels).moments(product, rows, outputs, sums);
-  if (work.act == kNone) return;
-  const Activated op = {product, nullptr, nullptr, nullptr, outputs, work.act, work.slope};
+  if (work.following.act == kNone) return;
+  const Activated op = {
+      product, nullptr, nullptr, nullptr, outputs, work.following.act, work.following.slope};
   WUS_DISPATCH(activation_kernels)
       .forward(op, 0, rows, {output, outputs},
-               work.mask ? work.mask + first * mask_bytes(outputs) : nullptr);
+               work.following.mask ? work.following.mask + first * mask_bytes(outputs) : nullptr);
 }
 
 // The gradient of the input's rows [first, last), from those of the output in front of all that

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "cpu/activation/following.h"
 #include "cpu/activation/kernels.h"
 
 namespace wus::cpu {
@@ -22,12 +23,7 @@ struct PointwiseForward {
   const float* packed;  // of inputs and outputs
   const float* bias;    // or null
   float* output;
-  // What follows: nothing or an activation, whose input is kept unless kept is null, and whose bits
-  // unless mask is null.
-  int act;
-  float slope;
-  float* kept;
-  uint8_t* mask;
+  Following following;
 };
 
 // Returns the sums of the outputs and of their squares, float64 [2 * outputs], if wanted, else [0].

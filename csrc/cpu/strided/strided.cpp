@@ -7,6 +7,7 @@
 
 #include <utility>
 
+#include "cpu/maps.h"
 #include "cpu/strided/kernels.h"
 #include "cpu/winograd/direct.h"
 #include "cpu/winograd/schedule.h"
@@ -48,11 +49,6 @@ void check_packed(const Tensor& packed, int64_t kernel, int64_t inputs, int64_t 
 }
 
 int64_t output_extent(int64_t input, int64_t stride) { return (input - 1) / stride + 1; }
-
-Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
-  return at::empty({like.size(0), channels, height, width},
-                   like.options().memory_format(at::MemoryFormat::ChannelsLast));
-}
 
 void check_weight(const Tensor& weight) {
   check_map(weight, "weight");

@@ -4,11 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "cpu/divide.h"
 #include "cpu/winograd/kernels.h"
 
 namespace wus::cpu {
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct SchemeInfo {
   WinogradScheme kernel;

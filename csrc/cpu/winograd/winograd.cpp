@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/gemm/kernels.h"
+#include "cpu/maps.h"
 #include "cpu/winograd/direct.h"
 #include "cpu/winograd/schedule.h"
 
@@ -59,11 +60,6 @@ void check_geometry(int64_t scheme, int64_t height, int64_t width, int64_t paddi
   TORCH_CHECK_VALUE(scheme != 0 || (padding == 1 && height <= 2 && width <= 2),
                     "winograd: scheme 0 wants at most 2x2 pixels and padding 1, got ", height, "x",
                     width, " and padding ", padding);
-}
-
-Tensor empty_map(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
-  return at::empty({like.size(0), channels, height, width},
-                   like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
 Tensor empty_pack(const Tensor& weight, bool dgrad, int64_t scheme) {

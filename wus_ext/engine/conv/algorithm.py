@@ -80,7 +80,6 @@ class Algorithm(ABC):
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         """act(conv(input) + bias), and what backward needs: bits, codes or act's input."""
 
-    @abstractmethod
     def backward(
         self,
         grad: Tensor,
@@ -90,7 +89,11 @@ class Algorithm(ABC):
         need_bias: bool,
         trained: Trained | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of input, bias and weight."""
+        """Gradients of input, bias and weight; here by a pass of its own for the activation."""
+        need_grad = need_input or trained is not None
+        grad, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_grad, need_bias)
+        grad_input, grad_weight = self._both(grad, need_input, trained)
+        return grad_input, grad_bias, grad_weight
 
     @abstractmethod
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +107,6 @@ class Algorithm(ABC):
     def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
         """The gradient of the weight."""
 
-    @abstractmethod
     def backward_norm(
         self,
         grad: Tensor,
@@ -118,8 +120,24 @@ class Algorithm(ABC):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the input, of what was added before ``act``, and of the weight.
 
-        They go through an activation and a normalisation of ``z``.
+        They go through an activation and a normalisation of ``z``; here by a pass of its own.
         """
+        if not need_input and trained is None:
+            size = self.geometry.output_size
+            return None, masked(grad, mask, act, size, True, False)[0], None
+        apart = need_residual and act != Act.NONE
+        grad_z, grad_residual = norm.backward(grad, z, mask, act, apart)
+        grad_input, grad_weight = self._both(grad_z, need_input, trained)
+        return grad_input, grad_residual if apart else grad, grad_weight
+
+    def _both(
+        self, grad: Tensor | None, need_input: bool, trained: Trained | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of input and weight, those that are wanted."""
+        return (
+            self.dgrad(grad) if need_input else None,
+            None if trained is None else self.wgrad(grad, trained),
+        )
 
     def forward_add(
         self, input: Tensor, bias: Tensor | None, residual: Tensor, act: Act
@@ -138,43 +156,10 @@ class Unfused(Algorithm):
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         return activate(self._convolve(input, bias), act)
 
-    def backward(
-        self,
-        grad: Tensor,
-        mask: Tensor | None,
-        act: Act,
-        need_input: bool,
-        need_bias: bool,
-        trained: Trained | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        need_grad = need_input or trained is not None
-        grad, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_grad, need_bias)
-        grad_input, grad_weight = self._gradients(grad, need_input, trained)
-        return grad_input, grad_bias, grad_weight
-
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         output = self._convolve(input, bias)
         mean, var = ops.batch_norm_stats(output)
         return output, mean, var
-
-    def backward_norm(
-        self,
-        grad: Tensor,
-        z: Tensor,
-        norm: NormGrad,
-        mask: Tensor | None,
-        act: Act,
-        need_input: bool,
-        need_residual: bool,
-        trained: Trained | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not need_input and trained is None:
-            size = self.geometry.output_size
-            return None, masked(grad, mask, act, size, True, False)[0], None
-        apart = need_residual and act != Act.NONE
-        grad_z, grad_residual = norm.backward(grad, z, mask, act, apart)
-        grad_input, grad_weight = self._gradients(grad_z, need_input, trained)
-        return grad_input, grad_residual if apart else grad, grad_weight
 
     def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
         g, (input, weight) = self.geometry, trained
@@ -192,14 +177,6 @@ class Unfused(Algorithm):
             g.groups,
             [False, True, False],
         )[1]
-
-    def _gradients(
-        self, grad: Tensor | None, need_input: bool, trained: Trained | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return (
-            self.dgrad(grad) if need_input else None,
-            None if trained is None else self.wgrad(grad, trained),
-        )
 
     @abstractmethod
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:

@@ -46,10 +46,9 @@ def choose(
     auto = options.algo == "auto"
     rows = images * geometry.output_size[0] * geometry.output_size[1]
     lone = weight.trains and not torch.is_grad_enabled()
+    all_kept = options.memory_budget is None and not weight.trains
     # What is chosen must not depend on how much is kept by now: a resumed run starts with nothing.
-    pays = not auto or rows >= (LONE_ROWS if lone else STEP_ROWS)
-    if not pays and options.memory_budget is None and not weight.trains:
-        pays = True
+    pays = not auto or all_kept or rows >= (LONE_ROWS if lone else STEP_ROWS)
 
     def copies(form: Form) -> Copies | None:
         if not pays:
@@ -82,11 +81,10 @@ def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
     own, layout = weight.own, torch.channels_last
     if weight.folded is None and own.dtype == dtype and own.is_contiguous(memory_format=layout):
         return own
-
-    def make() -> Tensor:
-        return weight().to(dtype).contiguous(memory_format=layout)
-
-    if weight.trains:
-        return make()
     name = ("cast", dtype, weight.folded is None)
-    return packed.get(weight.layer, name, weight.sources, make)
+    return packed.get(
+        weight.layer,
+        name,
+        weight.sources,
+        lambda: weight().to(dtype).contiguous(memory_format=layout),
+    )

@@ -87,7 +87,7 @@ class Copies(NamedTuple):
         shapes = [form.shape(weight.own, dgrad) for dgrad in (False, True)]
         if not packed.lends(4 * max(shape.numel() for shape in shapes)):
             return None
-        unchanged = Unchanged(weight.own if weight.folded is None else weight())
+        unchanged = Unchanged(weight())
 
         def copy(dgrad: bool) -> Tensor:
             return form.pack_(packed.borrow(shapes[dgrad]), unchanged(), dgrad)

@@ -59,13 +59,7 @@ class Winograd(Algorithm):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_weight = None
         if act not in PROLOGUES:
-            size, need_grad = self.geometry.output_size, need_input or trained is not None
-            grad, grad_bias = masked(grad, mask, act, size, need_grad, need_bias)
-            return (
-                self.dgrad(grad) if need_input else None,
-                grad_bias,
-                None if trained is None else self.wgrad(grad, trained),
-            )
+            return super().backward(grad, mask, act, need_input, need_bias, trained)
         if act.kind.bits and act.pool is None:
             mask = mask.view(grad.size(0), *self.geometry.output_size, -1)
         if trained is not None:
@@ -106,12 +100,7 @@ class Winograd(Algorithm):
             grad, _ = masked(grad, mask, act, size, True, False)
             grad_residual, mask, act = grad, None, Act.NONE
         elif act not in NORM_PROLOGUES:
-            grad_z = norm.backward(grad, z, mask, act)[0]
-            return (
-                self.dgrad(grad_z) if need_input else None,
-                None,
-                None if trained is None else self.wgrad(grad_z, trained),
-            )
+            return super().backward_norm(grad, z, norm, mask, act, need_input, False, trained)
         elif act.kind.bits and act.pool is None:
             mask = mask.view(z.size(0), *self.geometry.output_size, -1)
         rest = mask, NORM_PROLOGUES[act], z, norm.rows[:3]
