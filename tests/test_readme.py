@@ -85,6 +85,6 @@ def test_command_line_flags_exist(document, capsys):
 @pytest.mark.parametrize("document", DOCUMENTS, **ids)
 def test_named_files_exist(document):
     text = document.read_text()
-    folders = r"(?:csrc|wus_ext|tests|benchmarks|docs|\.ci)"
+    folders = r"(?:csrc|wus_ext|tests|benchmarks|docs|examples|\.ci)"
     named = re.findall(rf"`({folders}/[\w./-]*)[^`]*`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
