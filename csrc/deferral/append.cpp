@@ -47,6 +47,12 @@ at::MemoryFormat format_of(const at::Tensor& tensor) {
   return tensor.dim() == 4 ? tensor.suggest_memory_format() : at::MemoryFormat::Contiguous;
 }
 
+// The layout that torch's element-wise operators give: contiguous where both are the same.
+at::MemoryFormat elementwise(at::MemoryFormat format, const std::vector<int64_t>& sizes) {
+  const bool same = sizes.size() == 4 && (sizes[1] == 1 || sizes[2] * sizes[3] == 1);
+  return same ? at::MemoryFormat::Contiguous : format;
+}
+
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 bool on_cpu(const Chain& chain) {
@@ -171,8 +177,10 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
   // What was computed just now may have been derived from this very chain.
   const auto chain = takes(summand);
   if (chain == nullptr || (in_place && chain->has_live_children())) return std::nullopt;
-  return with(self, chain, Step{Kind::ADD, Read(value)}, chain->sizes(),
-              first ? chain->format() : other_format, in_place);
+  const auto format = in_place
+                          ? chain->format()
+                          : elementwise(first ? chain->format() : other_format, chain->sizes());
+  return with(self, chain, Step{Kind::ADD, Read(value)}, chain->sizes(), format, in_place);
 }
 
 std::optional<at::Tensor> append_activation(const at::Tensor& self, const Act& act, bool in_place) {
@@ -183,8 +191,8 @@ std::optional<at::Tensor> append_activation(const at::Tensor& self, const Act& a
   if (act.kind != kRelu && (chain->has(Kind::POOL) || !on_cpu(*chain))) return std::nullopt;
   // A smooth one's input is computed again from the norm's, or saved.
   if (!has_bits(act.kind) && chain->has(Kind::ADD)) return std::nullopt;
-  return with(self, chain, Step{.kind = Kind::ACT, .act = act}, chain->sizes(), chain->format(),
-              in_place);
+  const auto format = in_place ? chain->format() : elementwise(chain->format(), chain->sizes());
+  return with(self, chain, Step{.kind = Kind::ACT, .act = act}, chain->sizes(), format, in_place);
 }
 
 std::optional<at::Tensor> append_pool(const at::Tensor& self, const Pool& pool) {

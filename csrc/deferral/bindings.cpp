@@ -25,6 +25,10 @@ void bind(py::module_& module) {
   m.def("settle_all", []() {
     if (Session* session = Session::current()) session->settle_all();
   });
+  // Unlike is_contiguous this tells layouts apart where dimensions of size 1 leave both open.
+  m.def("suggests_channels_last", [](const at::Tensor& tensor) {
+    return tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  });
   m.def("begin_chain", &begin_chain);
   m.def("append_norm", [](const at::Tensor& input, std::optional<at::Tensor> weight,
                           std::optional<at::Tensor> bias, std::optional<at::Tensor> running_mean,

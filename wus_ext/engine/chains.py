@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._build import deferral
 from .activation import Act, Kind
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct
 from .conv.algorithm import Algorithm, Given, Unfused
@@ -79,8 +80,7 @@ def run_conv(
     """
     if below is not None and plan.dtype != input.dtype:
         below, input = None, below.settled()
-    stock_like = weight.is_contiguous(memory_format=torch.channels_last)
-    input = entered(input.to(plan.dtype), stock_like)
+    input = entered(input.to(plan.dtype), deferral.suggests_channels_last(weight))
     if residual is not None:
         residual = entered(residual, False)
     trained = weight if weight_trains else None
