@@ -81,6 +81,13 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef inp
   return grad_input;
 }
 
+// Stock's gradient of the input is laid out like the output.
+Tensor laid_out(const Tensor& tensor, at::MemoryFormat format) {
+  constexpr c10::DispatchKeySet kBatched(
+      {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+  return tensor.key_set().has_any(kBatched) ? tensor : tensor.contiguous(format);
+}
+
 class SkipConvolution : public torch::autograd::Function<SkipConvolution> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
@@ -97,8 +104,10 @@ class SkipConvolution : public torch::autograd::Function<SkipConvolution> {
     ctx->saved_data["transposed"] = transposed;
     ctx->saved_data["output_padding"] = output_padding;
     ctx->saved_data["groups"] = groups;
-    return convolve(input, weight, bias, stride, padding, dilation, transposed, output_padding,
-                    groups);
+    const Tensor output = convolve(input, weight, bias, stride, padding, dilation, transposed,
+                                   output_padding, groups);
+    ctx->saved_data["format"] = output.suggest_memory_format();
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -107,8 +116,11 @@ class SkipConvolution : public torch::autograd::Function<SkipConvolution> {
     Tensor grad_bias;
     if (grad_output.defined()) {
       if (ctx->needs_input_grad(0)) {
-        grad_input = dgrad(grad_output, ctx->get_saved_variables()[0],
-                           ctx->saved_data["input_size"].toSymIntVector(), geometry(ctx));
+        const auto format = ctx->saved_data["format"].toMemoryFormat();
+        grad_input =
+            laid_out(dgrad(laid_out(grad_output, format), ctx->get_saved_variables()[0],
+                           ctx->saved_data["input_size"].toSymIntVector(), geometry(ctx)),
+                     format);
       }
       if (needs_bias_grad(ctx)) grad_bias = grad_output.sum(all_but_channels(grad_output));
     }

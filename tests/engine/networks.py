@@ -153,7 +153,9 @@ class ConvBlock(nn.Module):
         super().__init__()
         padding, dilation = list(block.padding), block.dilation
         for i in range(2):
-            padding[i] = max(padding[i], -(-(dilation * (block.kernel[i] - 1) + 1 - x.size(i + 2)) // 2))
+            padding[i] = max(
+                padding[i], -(-(dilation * (block.kernel[i] - 1) + 1 - x.size(i + 2)) // 2)
+            )
         self.conv = nn.Conv2d(x.size(1), block.channels, block.kernel, block.stride,
                               tuple(padding), dilation, block.groups, block.bias)  # fmt: skip
         y = self.conv(x)
@@ -225,8 +227,8 @@ def build(network: Network) -> nn.Sequential:
     for module in model.modules():
         if hasattr(module, "reset_running_stats"):
             module.reset_running_stats()
-        if isinstance(module, tuple({nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d})):
-            if module.weight is not None:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.uniform_(module.bias, -0.5, 0.5)
+        norm = isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d)
+        if norm and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
     return model

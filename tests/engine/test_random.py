@@ -224,7 +224,9 @@ def near(actual: Result, stock: Result, exact: Result, setting: Setting, window:
         assert mine.shape == true.shape
         error, allowed = (mine - true).norm(), (theirs - true).norm()
         bound = more * allowed + relative * (true.norm() + 0.03 * scale)
-        assert error <= bound, f"{name}: error {error:.1e}, stock's {allowed:.1e}, of {true.norm():.1e}"
+        assert error <= bound, (
+            f"{name}: error {error:.1e}, stock's {allowed:.1e}, of {true.norm():.1e}"
+        )
 
     check("output", actual.output, stock.output, exact.output, exact.output.norm())
     for name, true in exact.buffers.items():
@@ -255,15 +257,16 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
             image = draw_image(shape, step, seed).to(dtype)
             expected, masks = with_masks(copy.deepcopy(base), image, step, frozen)
             exact = expected
-            if "float32" != setting.dtype:
+            if setting.dtype != "float32":
                 break
             exact, slack = in_float64(base, image, step, frozen, masks)
             if slack > 1e-4 or step.mode == "no gradients":
                 break
         else:
             assume(False)
-        # Of a map that a dilated kernel hardly fits, oneDNN's gradients in bfloat16 may be anything.
-        assume(all(g is None or g.isfinite().all() for g in expected.gradients.values()))
+        # In bfloat16 oneDNN's weight gradients of small maps may be anything, 1e19 too.
+        gradients = [g for g in expected.gradients.values() if g is not None]
+        assume(all(g.isfinite().all() and g.abs().max() < 1e6 for g in gradients))
         ours.zero_grad()
         wus_ext.set_skip(ours, step.window != "nothing", skip_biases=step.window == "all")
         actual = run(ours, image, step)
@@ -276,7 +279,7 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
 
 
 @settings(
-    max_examples=EXAMPLES or 250,
+    max_examples=EXAMPLES or 2000,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,

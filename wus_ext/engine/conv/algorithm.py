@@ -203,15 +203,18 @@ class Direct(Unfused):
             - 1
             for i in range(2)
         ]
-        return aten.convolution(
-            grad, weight, None, g.stride, g.padding, g.dilation, True, left_over, g.groups
+        # Of an output gradient of one pixel oneDNN makes an input gradient in the weight's layout.
+        return dense(
+            aten.convolution(
+                grad, weight, None, g.stride, g.padding, g.dilation, True, left_over, g.groups
+            )
         )
 
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
         g = self.geometry
         output = aten.conv2d(input, self.weight, bias, g.stride, g.padding, g.dilation, g.groups)
         # With one channel in, input and weight are of both layouts, and oneDNN chooses the other.
-        return output.contiguous(memory_format=torch.channels_last)
+        return dense(output)
 
 
 class OnGpu(Direct):
