@@ -117,10 +117,9 @@ class SkipConvolution : public torch::autograd::Function<SkipConvolution> {
     if (grad_output.defined()) {
       if (ctx->needs_input_grad(0)) {
         const auto format = ctx->saved_data["format"].toMemoryFormat();
-        grad_input =
-            laid_out(dgrad(laid_out(grad_output, format), ctx->get_saved_variables()[0],
-                           ctx->saved_data["input_size"].toSymIntVector(), geometry(ctx)),
-                     format);
+        grad_input = laid_out(dgrad(laid_out(grad_output, format), ctx->get_saved_variables()[0],
+                                    ctx->saved_data["input_size"].toSymIntVector(), geometry(ctx)),
+                              format);
       }
       if (needs_bias_grad(ctx)) grad_bias = grad_output.sum(all_but_channels(grad_output));
     }

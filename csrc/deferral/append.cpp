@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "common/activation.h"
@@ -51,6 +52,15 @@ at::MemoryFormat format_of(const at::Tensor& tensor) {
 at::MemoryFormat elementwise(at::MemoryFormat format, const std::vector<int64_t>& sizes) {
   const bool same = sizes.size() == 4 && (sizes[1] == 1 || sizes[2] * sizes[3] == 1);
   return same ? at::MemoryFormat::Contiguous : format;
+}
+
+// Of a tensor, as they see it: the stride of a single image says nothing.
+at::MemoryFormat elementwise(const at::Tensor& tensor) {
+  if (tensor.dim() != 4) return at::MemoryFormat::Contiguous;
+  auto strides = tensor.strides().vec();
+  if (tensor.size(0) == 1) strides[0] = std::numeric_limits<int64_t>::max();
+  return c10::is_channels_last_strides_2d(tensor.sizes(), strides) ? at::MemoryFormat::ChannelsLast
+                                                                   : at::MemoryFormat::Contiguous;
 }
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
@@ -172,7 +182,7 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
     value = deferred->value();
   } else {
     if (!is_plain(residual)) return std::nullopt;
-    other_format = format_of(residual);
+    other_format = elementwise(residual);
   }
   // What was computed just now may have been derived from this very chain.
   const auto chain = takes(summand);

@@ -626,26 +626,6 @@ def test_deepcopy_and_pickle_inside_forward():
     assert converted.pointer
 
 
-@pytest.mark.parametrize("options", [
-    {"kernel_size": 3}, {"kernel_size": 1}, {"kernel_size": 3, "groups": 8},
-], ids=str)  # fmt: skip
-def test_gradients_come_back_in_stocks_layout(options):
-    """A norm in stock PyTorch is wrong with a gradient of another layout."""
-    torch.manual_seed(0)
-    stock = nn.Sequential(nn.InstanceNorm2d(8, affine=True), nn.SiLU(), nn.Conv2d(8, 8, **options))
-    for mode in MODES:
-        converted = copy.deepcopy(stock)
-        wus_ext.convert(converted, full="fused" if mode == "fused" else "stock")
-        wus_ext.set_skip(converted, mode == "skip")
-        x = torch.randn(1, 8, 9, 7)
-        results = []
-        for model in (stock, converted):
-            inner = x.clone().requires_grad_()
-            model(inner).square().sum().backward()
-            results.append(inner.grad)
-        assert relative_error(results[1], results[0]) < 1e-4
-
-
 def test_a_model_that_runs_a_model():
     inner = wus_ext.convert(Net(), full="fused")
 

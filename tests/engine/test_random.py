@@ -106,7 +106,7 @@ class Slack:
                 module.register_forward_pre_hook(self.pool)
 
     def note(self, distances: Tensor, values: Tensor) -> None:
-        """Exact zeros and ties are the same in every type."""
+        """Exact zeros are the same in every type."""
         distances = distances[distances > 0]
         if len(distances):
             self.least = min(self.least, (distances.min() / values.square().mean().sqrt()).item())
@@ -119,7 +119,10 @@ class Slack:
         k, s, p = module.kernel_size, module.stride, module.padding
         padded = F.pad(given[0], (p, p + k, p, p + k), value=-1e9)
         best = padded.unfold(2, k, s).unfold(3, k, s).flatten(-2).topk(2).values
-        self.note(best[..., 0] - best[..., 1], given[0])
+        first, second = best.unbind(-1)
+        if ((first == second) & (first != 0)).any():  # which the transforms may tell apart
+            self.least = 0.0
+        self.note(first - second, given[0])
 
 
 @dataclass
@@ -271,7 +274,10 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
         wus_ext.set_skip(ours, step.window != "nothing", skip_biases=step.window == "all")
         actual = run(ours, image, step)
     assert actual.output_strides == expected.output_strides
-    assert actual.input_strides in (expected.input_strides, strides(image))
+    # What a residual sum hands back of an image that is not in channels_last is contiguous.
+    channels_last = image.is_contiguous(memory_format=torch.channels_last)
+    accepted = expected.input_strides, strides(image if channels_last else image.contiguous())
+    assert actual.input_strides in accepted
     if step.window == "nothing" and (setting.full == "stock" or not setting.fuse):
         same(actual, expected)
     else:
@@ -279,7 +285,7 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
 
 
 @settings(
-    max_examples=EXAMPLES or 2000,
+    max_examples=EXAMPLES or 1000,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,

@@ -11,10 +11,11 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from .._build import deferral
 from .activation import Act, activate, masked
 from .conv.algorithm import NormGrad, Trained
 from .linear import Products
-from .support import dense
+from .support import dense, is_batched
 
 ops = torch.ops.wus
 
@@ -245,13 +246,22 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, p):
-        output, mask = ops.dropout_mask(input, p)
+        # In two dimensions, which the kernels do not turn into channels_last.
+        ctx.flat = input.dim() == 4 and input.is_contiguous()
+        output, mask = ops.dropout_mask(input.flatten(1) if ctx.flat else input, p)
         ctx.save_for_backward(mask)
         ctx.p = p
-        return output
+        return output.view(input.shape) if ctx.flat else output
 
     @staticmethod
     @first_order
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
-        return ops.apply_mask(grad, mask, 1.0 / (1.0 - ctx.p)), None
+        scale = 1.0 / (1.0 - ctx.p)
+        if not ctx.flat:
+            return ops.apply_mask(grad, mask, scale), None
+        grad_input = ops.apply_mask(grad.flatten(1), mask, scale).view(grad.shape)
+        # Stock's product has the layout of the output's gradient.
+        if not is_batched(grad) and deferral.suggests_channels_last(grad):
+            grad_input = grad_input.contiguous(memory_format=torch.channels_last)
+        return grad_input, None

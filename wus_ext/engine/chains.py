@@ -213,7 +213,7 @@ def entered(input: Tensor, stock_like: bool) -> Tensor:
     Args:
         stock_like: that is channels_last whatever the image's layout.
     """
-    if stock_like or input.is_contiguous(memory_format=torch.channels_last):
+    if stock_like or deferral.suggests_channels_last(input):
         return input.contiguous(memory_format=torch.channels_last)
     return Enter.apply(input)
 

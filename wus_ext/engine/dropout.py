@@ -19,6 +19,4 @@ def drop(input: Tensor, p: float) -> Tensor | None:
     rows = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
     if not takes(input) or not (rows or plain):
         return None
-    if input.dim() == 4 and plain:  # the kernels would turn it into channels_last
-        return Dropout.apply(input.flatten(1), p).view(input.shape)
     return Dropout.apply(input, p)
