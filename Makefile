@@ -18,7 +18,7 @@ PROGRESS := sed -uE 's,^(\[[0-9]+/[0-9]+[^]]*\]).* -c ([^ ]*/)?csrc/([^ ]+) -o .
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format coverage coverage-cpp coverage-python sanitize \
-  sanitize-threads sdist wheel matrix cuda-toolkit clean
+  sanitize-threads docs sdist wheel matrix cuda-toolkit clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -97,6 +97,9 @@ coverage-python: setup ## which lines of the Python package all tests run
 	$(BIN)/coverage run -m pytest -q $(PYTEST_ARGS)
 	$(BIN)/coverage combine
 	$(BIN)/coverage report
+
+docs: setup ## the API reference, in build/docs
+	$(BIN)/python docs/reference.py build/docs
 
 sdist: setup ## the sources, in dist/
 	$(BIN)/python -m build --sdist --no-isolation

@@ -20,10 +20,10 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -284,81 +284,128 @@ def line(mean: Mean, controls: Controls) -> list[str]:
     return cells
 
 
-#: What the picture calls some settings, and where, in points from their marks.
+#: What the picture calls some settings, by schedule.
 SHOWN = {
-    "F12 S": ("F12 S", 12, -13),
-    "F15 S": ("F15 S", -8, 0),
-    "F4 (FS)x6": ("F4 (FS)x6", -9, 2),
-    "F4 (SF)x6": ("F4 (SF)x6", -8, 0),
-    "F4 (FFS)x4": ("F4 (FFS)x4", 8, 0),
-    "WUS, threshold 2": ("WUS", 8, 0),
-    "low F8 S": ("F8 S", -8, 0),
-    "low F10 S": ("F10 S", -8, 9),
-    "low F12 S": ("F12 S", -18, 9),
-    "F8, decay of 2, steps FS": ("decay, steps FS", -6, 20),
-    "F12, decay and S of 0.25": ("decay, short S", 14, 24),
-    "cosine F10 SS": ("F10 SS", 8, 3),
-    "cosine F3 (SF)x3 F3, held": ("F3 (SF)x3 F3", 34, -18),
-    "cosine, steps FS from 4 on": ("steps FS", 6, -20),
-    "cosine, lower half skips from 6 on": ("lower half", 6, 11),
-    "steps, windows before drops": ("before drops", 8, 0),
-}
-#: Okabe and Ito's palette, which colour-blind readers can tell apart, and a marker, by schedule.
-STYLES = {
-    "constant 0.02": ("#0072B2", "o"),
-    "constant 0.005": ("#56B4E9", "s"),
-    "constant 0.005, decay": ("#CC79A7", "P"),
-    "constant 0.02, decay": ("#D55E00", "^"),
-    "cosine": ("#009E73", "D"),
-    "constant 0.02, short decay": ("#E69F00", "X"),
-    "steps": ("#333333", "v"),
+    "constant 0.02": {
+        "F12 S": "F12 S",
+        "F15 S": "F15 S",
+        "F4 (FS)x6": "F4, then FS six times",
+        "F4 (SF)x6": "F4, then SF six times",
+        "WUS, threshold 2": "WUS",
+    },
+    "constant 0.005": {"low F10 S": "F10 S", "low F12 S": "F12 S"},
+    "constant 0.02, decay": {
+        "F8, decay, S": "F8, decay, S",
+        "F8, decay of 2, steps FS": "every other step of the decay",
+    },
+    "constant 0.02, short decay": {
+        "F12, decay and S of 0.25": "F12, a quarter each of decay and S"
+    },
+    "cosine": {
+        "cosine F10 SS": "F10 SS",
+        "cosine F3 (SF)x3 F3, held": "F3, SF three times, F3",
+        "cosine, steps FS from 4 on": "every other step from epoch 4 on",
+        "cosine, lower half skips from 6 on": "lower half of the layers from epoch 6 on",
+    },
+    "steps": {
+        "steps, windows before drops": "windows before the drops",
+        "steps, windows after drops": "windows after the drops",
+    },
 }
 
 
-def draw(results: Sequence[Mean], controls: Controls, file: BinaryIO) -> None:
-    """A panel for each r: controls as lines, skip settings as points, with the names of SHOWN."""
+@dataclass(frozen=True)
+class Bar:
+    """A setting of the picture: its accuracy, and what full steps reach at its cost."""
+
+    schedule: str
+    label: str
+    cost: float
+    accuracy: float
+    same: float
+    best: float
+
+
+def bars(results: Sequence[Mean], controls: Controls) -> Iterator[Bar]:
+    """Those of SHOWN that have controls, with the first of SKIP_COSTS."""
+    for mean in results:
+        label = SHOWN.get(mean.schedule, {}).get(mean.name)
+        same = controls.at(mean.costs[0], mean.schedule)
+        best = controls.best(mean.costs[0])
+        if label is not None and same is not None and best is not None:
+            yield Bar(mean.schedule, label, mean.costs[0], mean.accuracy, same, best)
+
+
+#: Okabe and Ito's palette, which colour-blind readers can tell apart.
+AHEAD, BEHIND, SAME, BEST = "#0072B2", "#D55E00", "#333333", "#aaaaaa"
+MARKS = {
+    "skipping, ahead of it": {"marker": "o", "ms": 9, "color": AHEAD},
+    "skipping, behind it": {"marker": "o", "ms": 9, "color": BEHIND},
+    "the same schedule, full steps only": {
+        "marker": "o",
+        "ms": 7,
+        "color": "white",
+        "mec": SAME,
+        "mew": 1.6,
+    },
+    "the best schedule, full steps only": {"marker": "|", "ms": 15, "mew": 2.5, "color": BEST},
+}
+
+
+def draw(shown: Sequence[Bar], file: BinaryIO) -> None:
+    """A line for each setting, from what full steps reach at its cost to what it reaches."""
+    groups = [list(group) for _, group in groupby(shown, key=lambda bar: bar.schedule)]
     figure = require("matplotlib.figure", "--plot").Figure(
-        figsize=(13, 7.2), dpi=150, layout="constrained"
+        figsize=(10, 1.3 + 0.3 * (len(shown) + 1.4 * len(groups))), dpi=130, layout="constrained"
     )
-    panels = figure.subplots(1, len(SKIP_COSTS), sharex=True, sharey=True)
-    skipping = [mean for mean in results if not mean.control]
-    for index, (axes, r) in enumerate(zip(panels, SKIP_COSTS, strict=True)):
-        axes.set_title(f"a skip step costs r = {r} of a full step", loc="left", fontsize=11)
-        axes.set_xlabel("cost of the run (full epochs)")
-        axes.grid(color="#eeeeee", lw=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        for schedule, curve in controls.curves.items():
-            colour, marker = STYLES[schedule]
-            axes.plot(*zip(*curve, strict=True), color=colour, lw=1.8, alpha=0.75, zorder=1)
-            axes.plot([], [], color=colour, marker=marker, lw=1.8, label=schedule)
-        for mean in skipping:
-            colour, marker = STYLES[mean.schedule]
-            spot, shown = (mean.costs[index], mean.accuracy), mean.name in SHOWN
-            look = {"ms": 7.5, "zorder": 4} if shown else {"ms": 6, "alpha": 0.35, "zorder": 3}
-            axes.plot(*spot, marker, color=colour, mec="white", mew=0.8, **look)
-            if shown:
-                text, right, up = SHOWN[mean.name]
-                axes.annotate(
-                    text,
-                    spot,
-                    (right, up),
-                    textcoords="offset points",
-                    ha="left" if right > 0 else "right",
-                    va="center",
-                    fontsize=9,
-                    zorder=2,
-                    bbox={"color": "white", "alpha": 0.75, "pad": 0.5, "lw": 0},
-                    arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkB": 4},
-                )
-    panels[0].set_ylabel("accuracy at the end (%)")
+    axes = figure.subplots()
+    labels: dict[float, tuple[str, str]] = {}
+    y = 0.0
+    for group in groups:
+        labels[y] = group[0].schedule, "bold"
+        for bar in group:
+            y -= 1
+            labels[y] = f"{bar.label}   {bar.cost:5.2f}", "normal"
+            _draw_bar(axes, y, bar)
+        y -= 1.4
+    axes.set_yticks(list(labels), [text for text, _ in labels.values()], fontsize=9)
+    for label, (_, weight) in zip(axes.get_yticklabels(), labels.values(), strict=True):
+        label.set_fontweight(weight)
+    axes.set_ylim(min(labels) - 0.8, 0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#eeeeee", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("accuracy at the end (%); right: difference to the same schedule, points")
+    for text, look in MARKS.items():
+        axes.plot([], [], ls="", label=text, **look)
     figure.legend(
-        *panels[0].get_legend_handles_labels(),
         loc="outside upper center",
-        ncols=4,
+        ncols=2,
         frameon=False,
-        title="lines: every step a full one (controls); points: with skipped steps",
+        fontsize=9,
+        title="Skipping against full steps alone at equal cost (behind the name, in full epochs)",
+        title_fontproperties={"weight": "bold", "size": 11},
     )
     figure.savefig(file, format="png")
+
+
+def _draw_bar(axes: Any, y: float, bar: Bar) -> None:
+    ahead = bar.accuracy >= bar.same
+    colour = AHEAD if ahead else BEHIND
+    skipping, same, best = [list(MARKS)[i] for i in (0 if ahead else 1, 2, 3)]
+    axes.plot([bar.same, bar.accuracy], [y, y], color=colour, lw=3)
+    for x, mark in ((bar.best, best), (bar.same, same), (bar.accuracy, skipping)):
+        axes.plot(x, y, **MARKS[mark])
+    axes.annotate(
+        f"{bar.accuracy - bar.same:+.1f}",
+        (1, y),
+        xycoords=axes.get_yaxis_transform(),
+        va="center",
+        fontsize=9,
+        color=colour,
+        annotation_clip=False,
+    )
 
 
 def main() -> None:
@@ -369,7 +416,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="0 shows what is there (default: 2)")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/settings"))
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG, of all in --out")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG, of what is in --out")
     parser.add_argument("--threads", type=int, default=2, help="they alter roundings (default: 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -395,7 +442,10 @@ def main() -> None:
     print(table(HEADER, [line(mean, controls) for mean in results if mean.name in chosen]))
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(args.plot, lambda file: draw(results, controls, file))
+        shown = list(bars(results, controls))
+        if not shown:
+            parser.error("--plot: none of its settings has a control in --out yet")
+        write_atomic(args.plot, lambda file: draw(shown, file))
 
 
 if __name__ == "__main__":

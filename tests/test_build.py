@@ -76,6 +76,15 @@ def test_an_unusable_extension_is_one_sentence(tmp_path, extension, message):
     assert message in last
 
 
+def test_sources_that_are_not_built_say_so(tmp_path):
+    """As where Python is started in the folder from which pip has installed."""
+    (tmp_path / "setup.py").touch()
+    result = copied(tmp_path, None)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: wus_ext was imported from its sources, where it is not")
+
+
 def test_the_core_needs_torch_only():
     extras = {
         *("lightning", "pytorch_lightning", "transformers", "accelerate", "timm"),

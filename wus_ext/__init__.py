@@ -1,5 +1,9 @@
 """wus_ext: skip steps for PyTorch. Training with frozen weights that costs what it should.
 
+Modules that are imported by their names: :mod:`wus_ext.training` (runs on image sets),
+:mod:`wus_ext.methods.rules` (when to skip), :mod:`wus_ext.profiling`,
+:mod:`wus_ext.integrations.lightning` and :mod:`wus_ext.integrations.transformers`.
+
 >>> model = wus_ext.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()))
 >>> with wus_ext.skip_weight_updates(model):
 ...     model(torch.randn(2, 3, 8, 8)).mean().backward()

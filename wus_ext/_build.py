@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ def _load() -> Any:
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}._C":
             raise
+        if (Path(__file__).parents[1] / "setup.py").exists():
+            raise ImportError(
+                "wus_ext was imported from its sources, where it is not built; start Python in "
+                "another folder if it is installed, or build it here: "
+                "python setup.py build_ext --inplace"
+            ) from None
         raise ImportError(f"wus_ext is not built for this Python; {_REBUILD}") from None
     except ImportError as error:
         # Another torch shows as an undefined symbol or a missing library.

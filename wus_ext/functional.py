@@ -16,6 +16,17 @@ from torch import Tensor
 from . import _build  # noqa: F401  (registers torch.ops.wus)
 from ._torch import in_a_transform
 
+__all__ = [
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "linear",
+    "pad",
+]
+
 Sizes = int | Sequence[int]
 
 
@@ -74,7 +85,8 @@ def conv1d(
 ) -> Tensor:
     """:func:`torch.nn.functional.conv1d` that can leave the weight gradient out.
 
-    As :func:`conv2d`, with one size after the channels: ``(N, C, L)`` or ``(C, L)``.
+    As :func:`conv2d`, with one size after the channels: ``(N, C, L)`` or ``(C, L)``, and a weight
+    of ``(K, C / groups, R)``.
 
     Example:
         >>> x, w = torch.randn(2, 3, 8, requires_grad=True), torch.randn(4, 3, 3)
@@ -100,7 +112,7 @@ def conv3d(
     """:func:`torch.nn.functional.conv3d` that can leave the weight gradient out.
 
     As :func:`conv2d`, with three sizes after the channels: ``(N, C, D, H, W)`` or
-    ``(C, D, H, W)``.
+    ``(C, D, H, W)``, and a weight of ``(K, C / groups, Q, R, S)``.
 
     Example:
         >>> x, w = torch.randn(1, 2, 4, 6, 6), torch.randn(4, 2, 3, 3, 3)
@@ -126,7 +138,8 @@ def conv_transpose1d(
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose1d` that can leave the weight gradient out.
 
-    As :func:`conv_transpose2d`, with one size after the channels.
+    As :func:`conv_transpose2d`, with one size after the channels: ``(N, C, L)`` or ``(C, L)``, and
+    a weight of ``(C, K / groups, R)``.
     """
     if not skip_wgrad:
         return F.conv_transpose1d(
@@ -192,7 +205,8 @@ def conv_transpose3d(
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose3d` that can leave the weight gradient out.
 
-    As :func:`conv_transpose2d`, with three sizes after the channels.
+    As :func:`conv_transpose2d`, with three sizes after the channels: ``(N, C, D, H, W)`` or
+    ``(C, D, H, W)``, and a weight of ``(C, K / groups, Q, R, S)``.
     """
     if not skip_wgrad:
         return F.conv_transpose3d(

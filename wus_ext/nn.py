@@ -1,9 +1,10 @@
 """Drop-in layers: torch.nn's own, with the attributes ``skip_wgrad`` and ``skip_biases``.
 
-Same constructors, parameters and ``state_dict`` keys. While ``skip_wgrad`` is False a layer is
-stock PyTorch bit for bit; while it is True the layer's weight is a constant: its gradient is not
-computed (``weight.grad`` stays what it was) and nothing is saved for it, while the bias trains,
-unless ``skip_biases`` makes it a constant too.
+Same constructors, inputs, outputs, errors, parameters and ``state_dict`` keys. While ``skip_wgrad``
+is False (the default) a layer is stock PyTorch bit for bit; while it is True the layer's weight is
+a constant: its gradient is not computed (``weight.grad`` stays what it was) and nothing is saved
+for it, while the bias trains, unless ``skip_biases`` (default False) makes it a constant too. Both
+are read in each forward pass; backward follows what forward decided.
 """
 
 from __future__ import annotations
@@ -18,6 +19,22 @@ from torch import Tensor, fx, nn
 
 from . import functional
 from ._build import deferral
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "GroupNorm",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+]
 
 
 class _Inside(threading.local):

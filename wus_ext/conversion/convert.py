@@ -207,6 +207,16 @@ def packed_bytes(model: nn.Module) -> int:
 
     They are made in the first skip step of a window and dropped when it ends; with ``full="fused"``
     also in the first full step, and then kept.
+
+    Args:
+        model: any module, wrapped or not.
+
+    Returns:
+        Bytes; 0 for a model that is not converted.
+
+    Example:
+        >>> wus_ext.packed_bytes(wus_ext.convert(torch.nn.Linear(3, 2)))
+        0
     """
     return sum(
         module._skip_engine.packed.nbytes()
@@ -216,7 +226,22 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def describe(model: nn.Module) -> str:
-    """What a skip step of ``model`` trains and what stands still, in one line."""
+    """What a skip step of ``model`` trains and what stands still, in one line.
+
+    Args:
+        model: any module, converted or not, wrapped or not.
+
+    Returns:
+        A sentence that counts layers, tensors and values.
+
+    Raises:
+        TypeError: if ``model`` is no ``nn.Module`` or is a TorchScript module.
+
+    Example:
+        >>> print(wus_ext.describe(wus_ext.convert(torch.nn.Linear(3, 2))))
+        Linear: 1 Linear; in a skip step 1 weight tensor (6 values) stands still and 1 bias tensor \
+(2 values) trains
+    """
     check_module(model)
     root = unwrap(model)
     kinds = Counter(

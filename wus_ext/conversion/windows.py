@@ -195,6 +195,12 @@ def clear_state(layer: nn.Module) -> None:
 def is_skipping(model: nn.Module) -> bool:
     """Whether any layer of ``model`` skips in the next forward pass.
 
+    Args:
+        model: as for :func:`set_skip`.
+
+    Returns:
+        True in a skip window, of all layers or of some.
+
     Raises:
         TypeError: if ``model`` is no ``nn.Module``.
         ValueError: if ``model`` has no layer that can skip.
@@ -211,6 +217,9 @@ def skip_weight_updates(
 
     Args:
         model, layers, skip_biases: as for :func:`set_skip`.
+
+    Yields:
+        The same model.
 
     Raises:
         TypeError, ValueError: as :func:`set_skip`.

@@ -21,6 +21,8 @@ from ..conversion.selection import Layers
 from ..methods.rules import LR_DROP, SettingsDict
 from ._decisions import Conversion, Decisions
 
+__all__ = ["WeightUpdateSkipping"]
+
 
 class WeightUpdateSkipping(pl.Callback):
     """Skips weight updates in the epochs after the monitored accuracy went flat.

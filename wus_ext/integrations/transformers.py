@@ -21,6 +21,8 @@ from ..conversion.selection import patterns_of
 from ..methods.rules import LR_DROP, SettingsDict
 from ._decisions import Conversion, Decisions
 
+__all__ = ["WeightUpdateSkipping"]
+
 
 class WeightUpdateSkipping(TrainerCallback, ExportableState):
     """Skips weight updates after evaluations whose accuracy went flat.

@@ -30,8 +30,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
-__all__ = ["LR_DROP", "Phase", "Settings", "SettingsDict", "check_lr_drop", "decide", "real"]
-
+__all__ = ["LR_DROP", "Phase", "Settings", "SettingsDict", "decide"]
 
 #: Default of the ratio of learning rates that counts as a jump.
 LR_DROP = 0.5

@@ -14,7 +14,7 @@ from ._common import check_dropout, check_num_classes, he_init_
 
 
 class AlexNet(nn.Module):
-    """See :func:`alexnet`."""
+    """AlexNet for images of 32x32; arguments and errors are those of :func:`alexnet`."""
 
     def __init__(self, num_classes: int = 10, *, dropout: float = 0.5) -> None:
         check_num_classes(num_classes)
@@ -56,8 +56,9 @@ def alexnet(num_classes: int = 10, *, dropout: float = 0.5) -> AlexNet:
     It has 23,231,296 + 4,097 * ``num_classes`` parameters: 23,272,266 for 10 classes.
 
     Args:
-        num_classes: number of classes, at least 1.
-        dropout: probability of dropping an input of the first two linear layers.
+        num_classes: number of classes, at least 1. Default 10.
+        dropout: probability of dropping an input of the first two linear layers, in [0, 1].
+            Default 0.5.
 
     Raises:
         TypeError, ValueError: an argument is not of its type or out of its range.

@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """See :func:`resnet18`."""
+    """ResNet-18 for images of 32x32; arguments and errors are those of :func:`resnet18`."""
 
     def __init__(self, num_classes: int = 10) -> None:
         check_num_classes(num_classes)
@@ -77,7 +77,7 @@ def resnet18(num_classes: int = 10) -> ResNet18:
     the last layer train.
 
     Args:
-        num_classes: number of classes, at least 1.
+        num_classes: number of classes, at least 1. Default 10.
 
     Raises:
         TypeError, ValueError: ``num_classes`` is not an integer or less than 1.

@@ -21,7 +21,16 @@ _VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class VGG(nn.Module):
-    """A VGG network given by its stages; see :func:`vgg11` and :func:`vgg16`."""
+    """A VGG network given by its stages; see :func:`vgg11` and :func:`vgg16`.
+
+    Args:
+        stages: output channels of the 3x3 convolutions of each stage; a 2x2 max-pooling ends it.
+            Five stages leave one pixel of an image of 32x32.
+        num_classes, batch_norm, dropout: as for :func:`vgg11`.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its type or out of its range.
+    """
 
     def __init__(
         self,
@@ -71,9 +80,10 @@ def vgg11(num_classes: int = 10, *, batch_norm: bool = False, dropout: float = 0
     normalisation adds 5,504.
 
     Args:
-        num_classes: number of classes, at least 1.
-        batch_norm: put batch normalisation behind every convolution.
-        dropout: probability of dropping an input of the first two linear layers.
+        num_classes: number of classes, at least 1. Default 10.
+        batch_norm: put batch normalisation behind every convolution. Default False.
+        dropout: probability of dropping an input of the first two linear layers, in [0, 1].
+            Default 0.5.
 
     Raises:
         TypeError, ValueError: an argument is not of its type or out of its range.

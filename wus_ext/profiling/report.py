@@ -76,7 +76,14 @@ class Profile:
     layers: Sequence[Layer]
 
     def ratio(self, kind: str, base: str = "stock full") -> float:
-        """Time of one kind of step, as a part of another's."""
+        """Time of one kind of step, as a part of another's.
+
+        Args:
+            kind, base: keys of ``steps``.
+
+        Raises:
+            KeyError: there is no such kind.
+        """
         return self.steps[kind].milliseconds / self.steps[base].milliseconds
 
     @property

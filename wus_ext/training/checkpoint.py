@@ -68,6 +68,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Every bit of the file is verified. A file that ``torch.save`` itself wrote has no checksum of
     the whole; the archive's own, of the values, are verified then.
 
+    Args:
+        path: ``last.pt`` or ``best.pt`` of a run.
+
+    Returns:
+        What :meth:`Trainer.state_dict` gave: tensors and plain values.
+
     Raises:
         DataError: naming the file, when it is missing, no checkpoint or damaged.
 

@@ -48,7 +48,7 @@ def option(default: Any, help: str, **extra: Any) -> Any:
 class TrainConfig:
     """Everything that decides the result of a training run.
 
-    ``wus-ext train --help`` documents each field. :meth:`validate` checks all of them; building a
+    Each field is a flag of ``wus-ext train``. :meth:`validate` checks all of them; building a
     :class:`~wus_ext.training.Trainer` calls it.
 
     >>> TrainConfig(model="vgg11", dataset="digits", method="wus").validate()
@@ -349,6 +349,14 @@ class TrainConfig:
         """``data_dir`` as a path."""
         return Path(self.data_dir).expanduser()
 
+
+def _described(field: dataclasses.Field[Any]) -> str:
+    unset = field.metadata.get("unset")
+    return f"    {field.name}: {field.metadata['help']}" + (f"; None: {unset}" if unset else "")
+
+
+_FIELDS = "\n    ".join(map(_described, dataclasses.fields(TrainConfig)))
+TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n    Attributes:\n    {_FIELDS}\n"
 
 # Where things are, not what is computed: a run may resume with others.
 RELOCATABLE = frozenset(

@@ -122,6 +122,12 @@ class Data:
 def load_data(config: TrainConfig) -> Data:
     """Load the dataset of ``config`` onto its device.
 
+    Args:
+        config: the settings; those of training itself are not looked at.
+
+    Returns:
+        Its parts, in memory or as files that are read on the way.
+
     Raises:
         ConfigError: it is to be normalised as for pretrained weights that do not exist.
         DataError: it is missing, incomplete or unreadable, or a limit is below the class count.

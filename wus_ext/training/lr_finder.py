@@ -47,11 +47,14 @@ def find_lr(
     Args:
         model: what is to be trained; it stays what it is.
         batches: inputs and targets; read again from the start where they are fewer than ``steps``.
-        loss: of output and targets.
+        loss: of output and targets; default: cross-entropy.
         optimizer: makes one, of parameters and ``lr=``; ``functools.partial`` sets momentum and the
             like. Default: plain SGD.
-        lowest, highest: the range of rates, in equal factors.
-        steps: training steps, at least 2.
+        lowest, highest: the range of rates, in equal factors. Default 1e-6 to 1.
+        steps: training steps, at least 2. Default 100.
+
+    Returns:
+        The rates that were tried, the loss at each, and a suggestion.
 
     Raises:
         ValueError: a bound is not positive, ``highest`` not above ``lowest``, ``steps`` below 2,

@@ -346,7 +346,18 @@ def _load_once(config: TrainConfig) -> Data:
 
 
 def train(config: TrainConfig, **options: Any) -> list[dict[str, Any]]:
-    """Train as ``config`` says and return one record per epoch; options are :class:`Trainer`'s.
+    """Train as ``config`` says and return one record per epoch.
+
+    Args:
+        config: the settings.
+        **options: those of :class:`Trainer`.
+
+    Returns:
+        A dict for each epoch: accuracies in percent, times in seconds, sizes in bytes.
+
+    Raises:
+        ConfigError, DataError, MissingExtra: as :class:`Trainer`.
+        TrainingError, StorageError: as :meth:`Trainer.run_epoch`.
 
     >>> config = TrainConfig(
     ...     model="alexnet", limit_train=20, limit_test=10, epochs=2, batch_size=10
