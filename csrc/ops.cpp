@@ -194,6 +194,8 @@ TORCH_LIBRARY(wus, m) {
 
   // How many tensors share a tensor's memory, itself included.
   m.def("storage_users(Tensor tensor) -> int");
+  // A number that changes with any of a dense tensor's values, wherever they were written.
+  m.def("checksum(Tensor tensor) -> int");
 
   // Convolution with a stride on the CPU, on a weight packed beforehand (dilation 1, one group;
   // float32, channels_last): 3x3 with stride 2 and padding 1, or 1x1 with any stride, unpadded.

@@ -4,7 +4,8 @@ Same constructors, inputs, outputs, errors, parameters and ``state_dict`` keys. 
 is False (the default) a layer is stock PyTorch bit for bit; while it is True the layer's weight is
 a constant: its gradient is not computed (``weight.grad`` stays what it was) and nothing is saved
 for it, while the bias trains, unless ``skip_biases`` (default False) makes it a constant too. Both
-are read in each forward pass; backward follows what forward decided.
+are read in each forward pass; backward follows what forward decided. A weight with
+``requires_grad=False`` is such a constant at any time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from . import functional
 from ._build import deferral
+from ._torch import in_a_transform, is_traced
 
 __all__ = [
     "BatchNorm1d",
@@ -53,6 +55,27 @@ inside = _Inside()
 def is_bias(name: str) -> bool:
     """Whether a parameter of this name trains in a skip step: ``bias``, ``in_proj_bias``, ..."""
     return "bias" in name.rsplit(".", 1)[-1].split("_")
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer's weight is at ``requires_grad=False`` and runs as in a skip step for that.
+
+    Stock's operators run for it where ours are not known (``torch.func``, forward-mode AD), where
+    they would be recorded (``torch.compile``, ``torch.export``, ``torch.jit.trace``) and where no
+    gradient is asked for.
+    """
+    weight = layer._parameters.get("weight")
+    return (
+        weight is not None
+        and not weight.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and weight.device.type in ("cpu", "cuda")
+        and not is_traced()
+        and not in_a_transform()
+    )
 
 
 if TYPE_CHECKING:  # the layers that mixins are mixed in with
@@ -114,7 +137,7 @@ class _Conv(DropIn, _StockConv):
             output = engine.convolve(self, input)
             if output is not None:
                 return output
-        if not self.skip_wgrad:
+        if not (self.skip_wgrad or is_frozen(self)):
             return super()._conv_forward(input, weight, bias)
         padding: functional.Sizes | str = self.padding
         if self.padding_mode != "zeros":
@@ -159,7 +182,7 @@ class Conv3d(_Conv, nn.Conv3d):
 
 class _ConvTranspose(DropIn, _StockConvTranspose):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if not self.skip_wgrad:
+        if not (self.skip_wgrad or is_frozen(self)):
             return super().forward(input, output_size)
         dims = len(self.stride)
         stock: Any = self  # whose annotations say lists

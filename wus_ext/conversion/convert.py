@@ -54,8 +54,10 @@ def convert(
 
     ``Conv2d``, ``Linear`` and normalisation layers become the drop-ins of :mod:`wus_ext.nn`
     wherever they appear, also twice; any other layer stays stock and has its weights detached in
-    skip steps. May be called before or after the optimizer is made, and again after layers were
-    added. What was converted is logged (logger ``wus_ext``, level INFO); see :func:`describe`.
+    skip steps. Weights at ``requires_grad=False`` stand still in every step that takes gradients,
+    full ones too: frozen layers run as in a skip step (see docs/control.md). May be called before
+    or after the optimizer is made, and again after layers were added. What was converted is logged
+    (logger ``wus_ext``, level INFO); see :func:`describe`.
 
     Args:
         model: any module, wrapped in ``DistributedDataParallel`` or not.
@@ -252,10 +254,12 @@ def describe(model: nn.Module) -> str:
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no drop-in layer"
     skipped = _weights(root)
     trained = [p for p in root.parameters() if p.requires_grad and id(p) not in skipped]
+    frozen = [p for p in skipped.values() if not p.requires_grad]
+    always = f"; {_count(frozen, 'weight')} of them in every step" if frozen else ""
     return (
         f"{stock_class(type(root)).__name__}: {layers}; in a skip step "
         f"{_count(skipped.values(), 'weight')} {'stands' if len(skipped) == 1 else 'stand'} still "
-        f"and {_count(trained, 'bias')} {'trains' if len(trained) == 1 else 'train'}"
+        f"and {_count(trained, 'bias')} {'trains' if len(trained) == 1 else 'train'}{always}"
     )
 
 
@@ -283,7 +287,9 @@ def _warn_if_pointless(root: nn.Module) -> None:
             f"convert: {type(root).__name__} has no weight to skip; nothing was converted",
             stacklevel=3,
         )
-    elif not any(p.requires_grad and id(p) not in skipped for p in root.parameters()):
+    elif all(p.requires_grad <= (id(p) in skipped) for p in root.parameters()) and any(
+        p.requires_grad for p in root.parameters()
+    ):
         warnings.warn(
             f"convert: {stock_class(type(root)).__name__} has no bias: a skip step trains nothing",
             stacklevel=3,

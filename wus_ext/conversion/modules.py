@@ -82,7 +82,7 @@ class SkipModel(SkipModule):
         _notify(self)
         if not self.skip_window:
             engine.end_window()
-            if engine.options.full == "stock":
+            if engine.options.full == "stock" and not engine.holds_frozen(self):
                 return super().forward(*args, **kwargs)
         inputs = (*args, *kwargs.values())
         session = engine.begin(inputs)

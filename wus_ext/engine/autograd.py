@@ -27,7 +27,8 @@ def first_order(backward: Callable) -> Callable:
     def checked(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a fused step has no second derivative (create_graph=True); "
+                "a fused step, and one through fused layers whose weights are at "
+                "requires_grad=False, has no second derivative (create_graph=True); "
                 "convert the model with fuse=False and full='stock'"
             )
         return backward(ctx, grad)

@@ -87,7 +87,8 @@ def run_conv(
     own = Weight(conv, weight.detach(), (weight,), weight_trains)
     images = input.size(0)
     if not weight_trains and torch.is_grad_enabled():
-        engine.packed.saves(conv, weight.nbytes + saved_by(act, plan.sizes))
+        gradient = weight.nbytes if weight.requires_grad else 0
+        engine.packed.saves(conv, gradient + saved_by(act, plan.sizes))
 
     def algorithm(weight: Weight, backward: bool) -> Algorithm:
         geometry, options = plan.geometry, engine.options

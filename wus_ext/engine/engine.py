@@ -14,13 +14,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from .._build import deferral
 from .._torch import in_a_transform, is_traced
-from ..nn import SkipLayer
+from ..nn import SkipLayer, is_frozen
 from .activation import Act, Kind
 from .chains import Norm, resume, run_conv, run_linear
 from .dropout import drop
@@ -75,6 +76,7 @@ class Engine:
         #: Shapes of inputs for which no layer deferred without gradients; whether one has now.
         self._idle: set[Key] = set()
         self._deferred = False
+        self._drop_ins: WeakSet[nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict) -> Engine:
         return Engine(self.options)
@@ -94,6 +96,7 @@ class Engine:
             return None
         self._deferred = False
         settle_before_storage_access()
+        self.packed.begin_step()
         session = deferral.Session(self, bool(self.options.epilogues))
         return session if session.begin() else None
 
@@ -135,16 +138,21 @@ class Engine:
 
     def end_window(self, layers: Collection[nn.Module] | None = None) -> None:
         """Weights of these layers, or all, are about to change: drops what was made of them."""
-        if layers is None:
-            self.packed.clear()
-        else:
-            self.packed.drop(layers)
+        self.packed.drop(layers)
         if self.options.full == "stock":
             self.packed.give_back()
 
+    def holds_frozen(self, root: nn.Module) -> bool:
+        """Whether a layer that may run fused has a weight that requires no gradient."""
+        if self._drop_ins is None:
+            kinds = (nn.Conv2d, nn.Linear)
+            layers = [layer for layer in root.modules() if isinstance(layer, kinds)]
+            self._drop_ins = WeakSet(layer for layer in layers if isinstance(layer, SkipLayer))
+        return any(map(is_frozen, self._drop_ins))
+
     def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor | None:
         """The deferred call of a convolution, or None where it must run by itself."""
-        weight = self._weight(conv, input)
+        weight, trains = self._weight(conv, input)
         if weight is None:
             return None
         bias = conv._constant(conv._parameters.get("bias"))
@@ -162,12 +170,12 @@ class Engine:
         if plan is None:
             return None
         return deferral.begin_chain(
-            conv, plan, True, input, weight, bias, not conv.skip_wgrad, plan.sizes, plan.dtype
+            conv, plan, True, input, weight, bias, trains, plan.sizes, plan.dtype
         )
 
     def multiply(self, linear: nn.Linear, input: Tensor) -> Tensor | None:
         """The deferred call of a linear layer, or None where it must run by itself."""
-        weight = self._weight(linear, input)
+        weight, trains = self._weight(linear, input)
         if weight is None:
             return None
         bias = linear._constant(linear._parameters.get("bias"))
@@ -176,23 +184,28 @@ class Engine:
         if plan is None:
             return None
         return deferral.begin_chain(
-            linear, plan, False, input, weight, bias, not linear.skip_wgrad, plan.sizes, plan.dtype
+            linear, plan, False, input, weight, bias, trains, plan.sizes, plan.dtype
         )
 
-    def _weight(self, layer: SkipLayer, input: Tensor) -> Tensor | None:
-        """The layer's weight, if the layer may run fused on `input`."""
+    def _weight(self, layer: SkipLayer, input: Tensor) -> tuple[Tensor | None, bool]:
+        """The layer's weight, if the layer may run fused on `input`, and whether it trains."""
         weight = layer._parameters.get("weight")
-        if not layer.skip_wgrad:  # what is made of a weight that trains serves one call only
+        trains = not layer.skip_wgrad and (weight is None or weight.requires_grad)
+        if trains:  # what is made of a weight that trains serves one call only
             self.packed.drop((layer,))
         if (
             type(input) not in (Tensor, nn.Parameter)
             or type(weight) not in (Tensor, nn.Parameter)
-            or not (layer.skip_wgrad or (self.options.full == "fused" and not on_gpu(weight)))
+            or not (layer.skip_wgrad or (not on_gpu(weight) and self._runs_outside(layer)))
             or (not torch.is_grad_enabled() and input.numel() < self.FEW_VALUES)
         ):
-            return self._by_itself(layer, input)
+            return self._by_itself(layer, input), trains
         self._deferred = True
-        return weight
+        return weight, trains
+
+    def _runs_outside(self, layer: nn.Module) -> bool:
+        """Whether a layer runs fused outside of a window."""
+        return self.options.full == "fused" or is_frozen(layer)
 
     def _plan(
         self, layer: nn.Module, key: Key, input: Tensor, weight: Tensor, bias: Tensor | None

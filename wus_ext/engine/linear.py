@@ -60,13 +60,14 @@ class Products:
         packed: PackedWeights,
         backward: bool,
     ) -> Products:
-        """Of a step in a skip window, whose weight is packed once where that pays."""
+        """Of a weight that stands still: packed once for a skip window, where that pays."""
         sources, weight = (weight,), weight.detach()
         if weight.dtype != input.dtype:
             name = ("cast", input.dtype)
             return cls(packed.get(linear, name, sources, lambda: weight.to(input.dtype)))
         if (
             on_gpu(weight)
+            or not linear.skip_wgrad  # to check a copy costs as much as it saves
             or weight.numel() < LARGE
             or not torch.backends.mkldnn.enabled
             or not torch.backends.mkldnn.is_available()

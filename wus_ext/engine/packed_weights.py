@@ -4,6 +4,10 @@ Weights stand still for a whole skip window, so what a convolution algorithm mak
 kept. A copy is made again when it is asked for with other sources than it was made from, and all
 are dropped when the window ends. What is made of a weight that trains serves one product; it lies
 in memory that all layers of a model share.
+
+A weight with ``requires_grad=False`` stands still until somebody writes it, which torch need not
+see (``weight.data.mul_()``, as momentum encoders do). So its copies stay from step to step and are
+checked: one is made again where the values are not those that it was made of.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ class _Source:
 class _Copy:
     sources: tuple[_Source, ...]
     tensor: Tensor
+    values: tuple[int, ...] | None  # checksums of the sources, where they are compared
 
     def is_of(self, sources: tuple[Tensor, ...]) -> bool:
         return len(self.sources) == len(sources) and all(
@@ -65,6 +70,11 @@ class PackedWeights:
         self._savings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._saved = 0
         self._workspace = _Workspace()
+        self._checksums: dict[tuple[int, int], int] = {}
+
+    def begin_step(self) -> None:
+        """Weights that require no gradient may have changed since the last step."""
+        self._checksums.clear()
 
     def get(
         self,
@@ -76,9 +86,10 @@ class PackedWeights:
         """The copy of this name, made by `make` unless `sources` are what they were."""
         copies = self._layers.setdefault(layer, {})
         copy = copies.get(name)
-        if copy is None or not copy.is_of(sources):
+        values = self._values(sources) if _is_checked(layer) else None
+        if copy is None or not copy.is_of(sources) or copy.values != values:
             copies.pop(name, None)
-            copy = copies[name] = _Copy(tuple(map(_Source, sources)), make())
+            copy = copies[name] = _Copy(tuple(map(_Source, sources)), make(), values)
         return copy.tensor
 
     def saves(self, layer: nn.Module, nbytes: int) -> None:
@@ -119,14 +130,16 @@ class PackedWeights:
         copies = [copy for own in list(self._layers.values()) for copy in list(own.values())]
         return sum(copy.tensor.nbytes for copy in copies) + self._lent()
 
-    def drop(self, layers: Iterable[nn.Module]) -> None:
-        """Drops the copies of these layers' weights."""
-        for layer in layers:
-            self._layers.pop(layer, None)
+    def drop(self, layers: Iterable[nn.Module] | None = None) -> None:
+        """Drops the copies of these layers' weights, or of all, but for those that are checked.
 
-    def clear(self) -> None:
-        """Drops every copy; a graph that still needs one keeps it until its backward has run."""
-        self._layers.clear()
+        A graph that still needs one keeps it until its backward has run.
+        """
+        for layer in list(self._layers) if layers is None else layers:
+            own = self._layers.pop(layer, {})
+            kept = {name: copy for name, copy in own.items() if copy.values is not None}
+            if kept and _is_checked(layer):
+                self._layers[layer] = kept
 
     def give_back(self) -> None:
         """Gives this thread's memory for copies of one use back."""
@@ -136,8 +149,29 @@ class PackedWeights:
         """Drops what was kept last, where memory for one use goes over what the layers save."""
         layers = list(self._layers) if self.budget == "auto" else []
         while layers and self.nbytes() > self._saved:
-            self.drop([layers.pop()])
+            self._layers.pop(layers.pop(), None)
 
     def _lent(self) -> int:
         buffer = self._workspace.buffer
         return 0 if buffer is None else buffer.nbytes
+
+    def _values(self, sources: tuple[Tensor, ...]) -> tuple[int, ...]:
+        """Checksums of tensors, each computed once a step."""
+        values = []
+        for source in sources:
+            name = (source.data_ptr(), source.nbytes)
+            if name not in self._checksums:
+                self._checksums[name] = torch.ops.wus.checksum(source.detach())
+            values.append(self._checksums[name])
+        return tuple(values)
+
+
+def _is_checked(layer: nn.Module) -> bool:
+    """Whether a layer's weight stands still without a window that says so."""
+    weight = layer._parameters.get("weight")
+    return (
+        not getattr(layer, "skip_wgrad", False)
+        and weight is not None
+        and not weight.requires_grad
+        and weight.device.type == "cpu"
+    )
