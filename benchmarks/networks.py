@@ -5,10 +5,10 @@
     python benchmarks/networks.py --networks resnet50 --modes full frozen skip --bf16
     python benchmarks/networks.py --networks --json table.json     # the table of what is there
 
-full: stock, everything trains. frozen: stock with requires_grad=False on all but biases. skip: a
-skip step. frozen input, input: stock with requires_grad=False everywhere, and a step with
-skip_biases=True; only the gradient of the input. fused: a full step with full="fused". eval: stock
-and full="fused" under no_grad.
+full: stock, everything trains. frozen: stock with requires_grad=False on all but biases.
+converted: the same, and wus_ext.convert(model) alone. skip: a skip step. frozen input, input: stock
+with requires_grad=False everywhere, and a step with skip_biases=True; only the gradient of the
+input. fused: a full step with full="fused". eval: stock and full="fused" under no_grad.
 
 Interleaved medians; stock runs contiguous and channels_last, and the faster one counts; with --bf16
 all run under autocast too. "Held" is what is saved for backward, transformed weights and gradients.
@@ -35,7 +35,7 @@ import wus_ext
 from wus_ext.profiling.timing import interleaved
 
 MIB = 2**20
-MODES = ("full", "frozen", "skip", "input", "fused", "eval")
+MODES = ("full", "frozen", "converted", "skip", "input", "fused", "eval")
 STOCK = ("full", "frozen", "frozen input")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 EVALUATION_BATCHES = (1, 2, 4, 16)
@@ -43,6 +43,7 @@ BF16 = " bf16"
 #: What is compared: wus_ext's way against stock's.
 PAIRS = {
     "skip / frozen": ("skip", "frozen"),
+    "converted / frozen": ("converted", "frozen"),
     "input / frozen input": ("input", "frozen input"),
     "fused / full": ("fused", "full"),
     "skip bf16 / full bf16": ("skip bf16", "full bf16"),
@@ -81,8 +82,10 @@ class Step:
 
     def _prepare(self, passes_through: str | None) -> None:
         model, part = self.model, passes_through or None
-        if self.mode == "frozen":
+        if self.mode in ("frozen", "converted"):
             freeze(model)
+        if self.mode == "converted":
+            wus_ext.convert(model)
         elif self.mode == "frozen input":
             model.get_submodule(passes_through or "").requires_grad_(False)
         elif self.mode in ("skip", "input", "fused"):
@@ -181,7 +184,7 @@ def kinds(work: Workload, inputs: tuple[Tensor, ...], args: argparse.Namespace) 
     if "input" in chosen and not inputs[0].is_floating_point():
         chosen.remove("input")
     if work.passes_through is not None:  # what trains is not the network at hand
-        chosen = [mode for mode in chosen if mode not in ("frozen", "skip")]
+        chosen = [mode for mode in chosen if mode not in ("frozen", "converted", "skip")]
         if work.passes_through == "" and "fused" in chosen:
             chosen.remove("fused")
     if "input" in chosen:
@@ -279,11 +282,7 @@ HEADER = [
     "input",
     "fused",
     "full bf16",
-    "skip / frozen",
-    "input / frozen input",
-    "fused / full",
-    "skip bf16 / full bf16",
-    "fused bf16 / full bf16",
+    *PAIRS,
     "eval fused / stock, batch " + ", ".join(map(str, EVALUATION_BATCHES)),
     "held, MiB: full",
     "skip (saved + transformed + gradients)",

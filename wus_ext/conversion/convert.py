@@ -55,7 +55,7 @@ def convert(
     ``Conv2d``, ``Linear`` and normalisation layers become the drop-ins of :mod:`wus_ext.nn`
     wherever they appear, also twice; any other layer stays stock and has its weights detached in
     skip steps. Weights at ``requires_grad=False`` stand still in every step that takes gradients,
-    full ones too: frozen layers run as in a skip step (see docs/control.md). May be called before
+    full ones too: frozen layers run as in a skip step (see docs/migration.md). May be called before
     or after the optimizer is made, and again after layers were added. What was converted is logged
     (logger ``wus_ext``, level INFO); see :func:`describe`.
 
