@@ -1,4 +1,5 @@
-// Whether a tensor's values are what they were, at the speed of memory: xxHash64's loop over blocks.
+// Whether a tensor's values are what they were, at the speed of memory: xxHash64's loop over
+// blocks.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
