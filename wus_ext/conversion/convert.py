@@ -13,9 +13,10 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..distributed.ddp import adopt_wrapper, make_skip_aware, make_stock, set_wrappers
 from ..engine.engine import Engine
@@ -45,7 +46,7 @@ def convert(
     skip_gamma: bool = True,
     norm: str = "batch",
     algo: str = "auto",
-    memory_budget: int | str | None = "auto",
+    memory_budget: int | Literal["auto"] | None = "auto",
     fuse: bool = True,
     epilogues: Collection[str] = (),
     full: str = "stock",
@@ -110,10 +111,7 @@ tensor (8 values) trains
     set_wrappers(model, make_skip_aware)
     root = unwrap(model)
     for name, module in root.named_modules():
-        if (
-            isinstance(module, nn.modules.lazy.LazyModuleMixin)
-            and module.has_uninitialized_params()
-        ):
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ValueError(
                 f"model: the lazy layer {name!r} has no parameters yet; run one forward pass "
                 "before convert"
@@ -124,7 +122,7 @@ tensor (8 values) trains
         if isinstance(module, SkipModule):
             module.skip_gamma = skip_gamma
         if isinstance(module, NORMS) and isinstance(module, SkipLayer):
-            module.frozen_statistics = norm == "frozen"
+            module.__dict__["frozen_statistics"] = norm == "frozen"
     if isinstance(root, SkipModel):
         root._skip_engine = Engine(options)
         root._before_step = adopt_wrapper
@@ -271,13 +269,12 @@ def _count(parameters: Any, kind: str) -> str:
 
 def _weights(root: nn.Module) -> dict[int, nn.Parameter]:
     """Every parameter that counts as a weight, by id."""
-    weights = [
-        owner._parameters[name]
+    return {
+        id(parameter): parameter
         for owner, own in skippable_parameters(root).items()
         for name, is_weight in own.items()
-        if is_weight
-    ]
-    return {id(parameter): parameter for parameter in weights}
+        if is_weight and (parameter := owner._parameters[name]) is not None
+    }
 
 
 def _warn_if_pointless(root: nn.Module) -> None:

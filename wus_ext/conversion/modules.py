@@ -50,14 +50,14 @@ class SkipModule(SkipLayer):
 
     # The class is made at run time: copy and pickle the class that it was made from.
 
-    def __deepcopy__(self, memo: dict) -> nn.Module:
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         mixin = _mixin(type(self))
         with _as_stock(self):
             copied = copy.deepcopy(self, memo)
         copied.__class__ = injected(mixin, type(copied))
         return copied
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         with _as_stock(self):
             make, arguments, *state = self.__reduce_ex__(max(protocol, 2))
         return (_restore, (_mixin(type(self)), make, arguments), *state)
@@ -114,7 +114,7 @@ def _in_stock_wrapper() -> bool:
     return wrapper is not None and not hasattr(wrapper, "_trained")
 
 
-def with_constants(root: SkipModule, method: Callable, *args: Any, **kwargs: Any) -> Any:
+def with_constants(root: SkipModule, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls a method whose code reads constants where parameters stand still."""
     if torch.compiler.is_compiling():  # one thread, and the compiler does not know ours
         with swapped(root, nn.Module):
@@ -143,14 +143,14 @@ class _FlatWeights:
             return weights
         return [getattr(module, name) for name in module._flat_weights_names]
 
-    def __set__(self, module: nn.RNNBase, value: list) -> None:
+    def __set__(self, module: nn.RNNBase, value: list[Tensor | None]) -> None:
         module.__dict__["_flat_weights"] = value
 
 
-_made: dict[tuple[type, type], type] = {}
+_made: dict[tuple[type, type], type[SkipModule]] = {}
 
 
-def injected(mixin: type[SkipModule], cls: type) -> type:
+def injected(mixin: type[SkipModule], cls: type[nn.Module]) -> type[SkipModule]:
     """The subclass of `cls` under its name whose ``forward`` is the mixin's.
 
     Raises:
@@ -159,10 +159,10 @@ def injected(mixin: type[SkipModule], cls: type) -> type:
     if (mixin, cls) not in _made:
 
         @functools.wraps(cls.forward)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: SkipModule, *args: Any, **kwargs: Any) -> Any:
             return mixin.forward(self, *args, **kwargs)
 
-        namespace = {
+        namespace: dict[str, Any] = {
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
@@ -173,15 +173,16 @@ def injected(mixin: type[SkipModule], cls: type) -> type:
             namespace["_flat_weights"] = _FlatWeights()
         # The stock class first: its memory layout is the object's. In the order in which methods
         # are looked up the mixin comes first all the same.
-        made = _mixins_first(type(cls))(cls.__name__, (cls, mixin), namespace)
+        metaclass: type = type(cls)
+        made = _mixins_first(metaclass)(cls.__name__, (cls, mixin), namespace)
         STOCK[made] = cls
         _made[mixin, cls] = made
     return _made[mixin, cls]
 
 
 @functools.cache
-def _mixins_first(metaclass: type) -> type:
-    def mro(cls) -> list[type]:
+def _mixins_first(metaclass: type[type]) -> type:
+    def mro(cls: type) -> list[type]:
         own, *others = metaclass.mro(cls)
         mixins = [base for base in others if base in (SkipModel, SkipModule, SkipLayer)]
         made = [base for base in others if issubclass(base, SkipLayer) and base not in mixins]
@@ -198,12 +199,12 @@ def adopt_watched(root: nn.Module) -> None:
     for module in root.modules():
         if module._forward_hooks and not isinstance(module, SkipLayer):
             module.__class__ = injected(SkipModule, type(module))
-            module.skip_gamma = getattr(root, "skip_gamma", True)
+            module.__dict__["skip_gamma"] = getattr(root, "skip_gamma", True)
 
 
-def _other_ways_in(cls: type) -> dict[str, Callable]:
+def _other_ways_in(cls: type) -> dict[str, Callable[..., Any]]:
     """Methods of the user's classes that compute on tensors as ``forward`` does."""
-    methods: dict[str, Callable] = {}
+    methods: dict[str, Callable[..., Any]] = {}
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] == "torch" or not issubclass(base, nn.Module):
             continue
@@ -217,9 +218,9 @@ def _other_ways_in(cls: type) -> dict[str, Callable]:
     return methods
 
 
-def _reading_constants(method: Callable) -> Callable:
+def _reading_constants(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def wrapper(self, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: SkipModule, *args: Any, **kwargs: Any) -> Any:
         if (
             not (self.skip_window or self.skip_wgrad)
             or inside.active
@@ -253,7 +254,7 @@ def _as_stock(module: nn.Module) -> Iterator[None]:
         module.__class__ = made
 
 
-def _restore(mixin: type[SkipModule], make: Any, arguments: tuple) -> nn.Module:
+def _restore(mixin: type[SkipModule], make: Any, arguments: tuple[Any, ...]) -> nn.Module:
     module = make(*arguments)
     module.__class__ = injected(mixin, type(module))
     return module

@@ -7,24 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._build import deferral
 from .activation import Act, activate, masked
-from .conv.algorithm import NormGrad, Trained
+from .conv.algorithm import Algorithm, NormGrad, Trained
 from .linear import Products
 from .support import dense, is_batched
 
 ops = torch.ops.wus
 
+Gradients = TypeVar("Gradients")
 
-def first_order(backward: Callable) -> Callable:
+
+def first_order(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
     """A backward of one gradient without a derivative of its own says so, whatever was asked."""
 
     @wraps(backward)
-    def checked(ctx, grad):
+    def checked(ctx: Any, grad: Tensor) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a fused step, and one through fused layers whose weights are at "
@@ -36,7 +39,9 @@ def first_order(backward: Callable) -> Callable:
     return checked
 
 
-def to_save(ctx, input: Tensor, index: int, weight: Tensor | None) -> tuple[Tensor, ...]:
+def to_save(
+    ctx: Any, input: Tensor, index: int, weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """What the weight's gradient needs, where the weight, argument `index`, trains."""
     return (input, weight) if ctx.needs_input_grad[index] else ()
 
@@ -45,11 +50,11 @@ class Enter(torch.autograd.Function):
     """An image in channels_last, for a chain whose input's gradient stock gives contiguous."""
 
     @staticmethod
-    def forward(ctx, input):
+    def forward(ctx: Any, input: Tensor) -> Tensor:
         return input.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
 
@@ -57,7 +62,14 @@ class ConvAct(torch.autograd.Function):
     """act(conv(input) + bias); saves the mask, and the input where the weight trains."""
 
     @staticmethod
-    def forward(ctx, input, bias, weight, algorithm, act):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        algorithm: Algorithm,
+        act: Act,
+    ) -> Tensor:
         output, mask = algorithm.forward(input, bias, act)
         ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
         ctx.algorithm, ctx.act = algorithm, act
@@ -65,7 +77,7 @@ class ConvAct(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *trained = ctx.saved_tensors
         need_input, need_bias = ctx.needs_input_grad[:2]
         grad_input, grad_bias, grad_weight = ctx.algorithm.backward(
@@ -83,7 +95,15 @@ class ConvAddAct(torch.autograd.Function):
     """act(conv(input) + bias + residual); saves the mask, and the input where the weight trains."""
 
     @staticmethod
-    def forward(ctx, input, bias, weight, residual, algorithm, act):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        residual: Tensor,
+        algorithm: Algorithm,
+        act: Act,
+    ) -> Tensor:
         output, mask = algorithm.forward_add(input, bias, residual, act)
         ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
         ctx.algorithm, ctx.act = algorithm, act
@@ -91,21 +111,41 @@ class ConvAddAct(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *trained = ctx.saved_tensors
         need_input, need_bias, need_weight, need_residual = ctx.needs_input_grad[:4]
         algorithm = ctx.algorithm
-        size = tuple(grad.shape[2:])
+        size = (grad.size(2), grad.size(3))
         need_grad = need_input or need_weight or need_residual
-        grad, grad_bias = masked(dense(grad), mask, ctx.act, size, need_grad, need_bias)
+        passed, grad_bias = masked(dense(grad), mask, ctx.act, size, need_grad, need_bias)
         return (
-            algorithm.dgrad(grad) if need_input else None,
+            algorithm.dgrad(passed) if need_input else None,
             grad_bias if need_bias else None,
-            algorithm.wgrad(grad, Trained(*trained)) if need_weight else None,
-            grad if need_residual else None,
+            algorithm.wgrad(passed, Trained(*trained)) if need_weight else None,
+            passed if need_residual else None,
             None,
             None,
         )
+
+
+class Norm(NamedTuple):
+    """Batch norm as ``F.batch_norm`` was handed it.
+
+    Attributes:
+        batches: how many the running statistics have seen, which tells that they have changed.
+        constant: the weight stands still.
+        batch: normalises with the batch's statistics, which the running ones follow.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+    constant: bool
+    batch: bool
+    momentum: float
+    eps: float
 
 
 class ConvNormAct(torch.autograd.Function):
@@ -119,7 +159,18 @@ class ConvNormAct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, bias, weight, gamma, beta, residual, algorithm, norm, act):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        algorithm: Algorithm,
+        norm: Norm,
+        act: Act,
+    ) -> Tensor:
         z, mean, var = algorithm.forward_stats(input, bias)
         count = z.numel() // z.size(1)
         if norm.running_mean is not None:
@@ -140,7 +191,7 @@ class ConvNormAct(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *kept = ctx.saved_tensors
         need_input, need_bias, need_weight, need_gamma, need_beta, need_residual = (
             ctx.needs_input_grad[:6]
@@ -149,10 +200,10 @@ class ConvNormAct(torch.autograd.Function):
         grad = dense(grad)
         if not kept:
             need_sums = need_beta or need_bias
-            grad, grad_beta = masked(grad, mask, act, ctx.size, need_residual, need_sums)
-            grad_bias = grad_beta * 0 if need_bias else None
-            grad_beta = grad_beta if need_beta else None
-            grad_residual = grad if need_residual else None
+            passed, sums = masked(grad, mask, act, ctx.size, need_residual, need_sums)
+            grad_bias = sums * 0 if need_bias else None
+            grad_beta = sums if need_beta else None
+            grad_residual = passed if need_residual else None
             return None, grad_bias, None, None, grad_beta, grad_residual, None, None, None
         z, mean, invstd, gamma, scale, shift, *trained = kept
         sums = ops.batch_norm_grad_sums(grad, z, mean, mask, scale, shift, *act.arguments)
@@ -189,7 +240,16 @@ class LinearAct(torch.autograd.Function):
     """dropout(act(linear(input))); saves bits or act's input, and the input for the weight."""
 
     @staticmethod
-    def forward(ctx, input, bias, weight, product, act, noise, p):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        product: Products,
+        act: Act,
+        noise: Tensor | None,
+        p: float,
+    ) -> Tensor:
         output, mask = linear_forward(product, input, bias, act, noise, p)
         ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
         ctx.product, ctx.act, ctx.p = product, act, p
@@ -197,15 +257,15 @@ class LinearAct(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *trained = ctx.saved_tensors
         need_input, need_bias, need_weight = ctx.needs_input_grad[:3]
         need_grad = need_input or need_weight
-        grad, grad_bias = linear_masked(grad, mask, ctx.act, ctx.p, need_grad, need_bias)
+        passed, grad_bias = linear_masked(grad, mask, ctx.act, ctx.p, need_grad, need_bias)
         return (
-            ctx.product.dgrad(grad) if need_input else None,
+            ctx.product.dgrad(passed) if need_input else None,
             grad_bias if need_bias else None,
-            ctx.product.wgrad(grad, trained[0]) if need_weight else None,
+            ctx.product.wgrad(passed, trained[0]) if need_weight else None,
             None,
             None,
             None,
@@ -246,7 +306,7 @@ class Dropout(torch.autograd.Function):
     """Dropout that saves one bit an element; on the CPU the same random numbers as stock's."""
 
     @staticmethod
-    def forward(ctx, input, p):
+    def forward(ctx: Any, input: Tensor, p: float) -> Tensor:
         # In two dimensions, which the kernels do not turn into channels_last.
         ctx.flat = input.dim() == 4 and input.is_contiguous()
         output, mask = ops.dropout_mask(input.flatten(1) if ctx.flat else input, p)
@@ -256,7 +316,7 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         scale = 1.0 / (1.0 - ctx.p)
         if not ctx.flat:

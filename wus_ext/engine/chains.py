@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .._build import deferral
+from ..nn import SkipLayer
 from .activation import Act, Kind
-from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct
+from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct, Norm
 from .conv.algorithm import Algorithm, Given, Unfused
 from .conv.choice import choose
 from .conv.weight import Weight
@@ -23,10 +25,23 @@ from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
 from .options import SkipOptions
 from .packed_weights import PackedWeights
-from .plan import Plan
+from .plan import ConvPlan, Plan
 from .support import takes
 
 ops = torch.ops.wus
+
+
+@dataclass(slots=True)
+class Notes:
+    """What layers did.
+
+    Attributes:
+        algorithms: by which their chains ran.
+        reasons: why they ran by themselves.
+    """
+
+    algorithms: dict[nn.Module, str] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
 
 
 class Resources(Protocol):
@@ -34,33 +49,13 @@ class Resources(Protocol):
 
     options: SkipOptions
     packed: PackedWeights
-    notes: Any
-
-
-class Norm(NamedTuple):
-    """Batch norm as ``F.batch_norm`` was handed it.
-
-    Attributes:
-        batches: how many the running statistics have seen, which tells that they have changed.
-        constant: the weight stands still.
-        batch: normalises with the batch's statistics, which the running ones follow.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    batches: Tensor | None
-    constant: bool
-    batch: bool
-    momentum: float
-    eps: float
+    notes: Notes | None
 
 
 def run_conv(
     engine: Resources,
-    conv: nn.Conv2d,
-    plan: Plan,
+    conv: nn.Module,
+    plan: ConvPlan,
     input: Tensor,
     below: Held | None,
     weight: Tensor,
@@ -79,7 +74,7 @@ def run_conv(
         above: of the layer that takes the output, where it may undo this chain's ReLU.
     """
     if below is not None and plan.dtype != input.dtype:
-        below, input = None, below.settled()
+        input, below = below.settled(), None
     input = entered(input.to(plan.dtype), deferral.suggests_channels_last(weight))
     if residual is not None:
         residual = entered(residual, False)
@@ -166,7 +161,7 @@ def applied(
 
 def run_linear(
     engine: Resources,
-    linear: nn.Linear,
+    linear: SkipLayer,
     plan: Plan,
     input: Tensor,
     below: Held | None,
@@ -184,7 +179,7 @@ def run_linear(
         noise: of dropout: 1 where a value is kept, else 0.
     """
     if below is not None and plan.dtype != input.dtype:
-        below, input = None, below.settled()
+        input, below = below.settled(), None
     input = input.to(plan.dtype)
     if weight_trains:
         input = input if below is None else below.settled()
@@ -201,6 +196,7 @@ def run_linear(
         hold
         and "cublaslt" in engine.options.epilogues
         and bias is not None
+        and above is not None
         and above.dtype == input.dtype
         and suits_cublaslt(input, plan.sizes[1], above.sizes[1])
     )
@@ -224,7 +220,7 @@ def may_hold(engine: Resources, above: Plan | None, *, conv: bool) -> bool:
     return (
         above is not None
         and bool(engine.options.epilogues)
-        and (above.geometry is not None) == conv
+        and isinstance(above, ConvPlan) == conv
         and torch.is_grad_enabled()
     )
 
@@ -269,14 +265,18 @@ def folded(weight: Weight, bias: Tensor | None, norm: Norm) -> tuple[Weight, Ten
         The scaled weight, and the bias, through which the gradients of both layers' biases flow.
     """
 
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+
     def scale() -> Tensor:
-        inverse = torch.rsqrt(norm.running_var + norm.eps)
+        inverse = torch.rsqrt(var + norm.eps)
         return inverse if norm.weight is None else inverse * norm.weight.detach()
 
     # Batch norm writes running statistics past their version counters; the count of batches tells.
-    made_of = (*weight.sources, norm.running_var, norm.batches, norm.weight)
+    made_of = (*weight.sources, var, norm.batches, norm.weight)
     sources = tuple(tensor for tensor in made_of if tensor is not None)
-    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    shift = -mean if bias is None else bias - mean
     shift = shift * scale()
     if norm.bias is not None:
         shift = shift + norm.bias

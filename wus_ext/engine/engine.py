@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from .._build import deferral
 from .._torch import in_a_transform, is_traced
-from ..nn import SkipLayer, is_frozen
+from ..nn import Conv2d, Linear, SkipLayer, is_frozen
 from .activation import Act, Kind
-from .chains import Norm, resume, run_conv, run_linear
+from .autograd import Norm
+from .chains import Notes, resume, run_conv, run_linear
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
-from .plan import Key, Plan, plan_conv, plan_linear, tensor_types, why_not
+from .plan import ConvPlan, Key, Plan, plan_conv, plan_linear, tensor_types, why_not
 from .storage_access import settle_before_storage_access
 from .support import on_gpu
 
@@ -38,21 +39,8 @@ logger = logging.getLogger("wus_ext")
 class _Layer:
     """The plans of one layer; None: such a call runs by itself."""
 
-    ref: weakref.ref
+    ref: weakref.ref[nn.Module]
     plans: dict[Key, Plan | None] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Notes:
-    """What layers did.
-
-    Attributes:
-        algorithms: by which their chains ran.
-        reasons: why they ran by themselves.
-    """
-
-    algorithms: dict[nn.Module, str] = field(default_factory=dict)
-    reasons: dict[nn.Module, str] = field(default_factory=dict)
 
 
 class Engine:
@@ -78,10 +66,10 @@ class Engine:
         self._deferred = False
         self._drop_ins: WeakSet[nn.Module] | None = None
 
-    def __deepcopy__(self, memo: dict) -> Engine:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         return Engine(self.options)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (Engine, (self.options,))
 
     def begin(self, inputs: tuple[Any, ...]) -> Any | None:
@@ -150,7 +138,7 @@ class Engine:
             self._drop_ins = WeakSet(layer for layer in layers if isinstance(layer, SkipLayer))
         return any(map(is_frozen, self._drop_ins))
 
-    def convolve(self, conv: nn.Conv2d, input: Tensor) -> Tensor | None:
+    def convolve(self, conv: Conv2d, input: Tensor) -> Tensor | None:
         """The deferred call of a convolution, or None where it must run by itself."""
         weight, trains = self._weight(conv, input)
         if weight is None:
@@ -173,7 +161,7 @@ class Engine:
             conv, plan, True, input, weight, bias, trains, plan.sizes, plan.dtype
         )
 
-    def multiply(self, linear: nn.Linear, input: Tensor) -> Tensor | None:
+    def multiply(self, linear: Linear, input: Tensor) -> Tensor | None:
         """The deferred call of a linear layer, or None where it must run by itself."""
         weight, trains = self._weight(linear, input)
         if weight is None:
@@ -195,11 +183,13 @@ class Engine:
             self.packed.drop((layer,))
         if (
             type(input) not in (Tensor, nn.Parameter)
+            or weight is None
             or type(weight) not in (Tensor, nn.Parameter)
             or not (layer.skip_wgrad or (not on_gpu(weight) and self._runs_outside(layer)))
             or (not torch.is_grad_enabled() and input.numel() < self.FEW_VALUES)
         ):
-            return self._by_itself(layer, input), trains
+            self._by_itself(layer, input)
+            return None, trains
         self._deferred = True
         return weight, trains
 
@@ -217,9 +207,15 @@ class Engine:
         if key not in known.plans:
             if len(known.plans) == self.MOST_PLANS:
                 known.plans.clear()
-            make = plan_conv if isinstance(layer, nn.Conv2d) else plan_linear
-            known.plans[key] = make(layer, input, weight, bias)
-        return known.plans[key] or self._by_itself(layer, input)
+            known.plans[key] = (
+                plan_conv(layer, input, weight, bias)
+                if isinstance(layer, nn.Conv2d)
+                else plan_linear(input, weight, bias)
+            )
+        plan = known.plans[key]
+        if plan is None:
+            self._by_itself(layer, input)
+        return plan
 
     def _by_itself(self, layer: nn.Module, input: Tensor) -> None:
         """Notes why a layer runs by itself, if somebody asked."""
@@ -230,14 +226,14 @@ class Engine:
 
     def run(
         self,
-        layer: nn.Module,
+        layer: SkipLayer,
         plan: Plan,
         input: Tensor,
         below: Any,
         weight: Tensor,
         bias: Tensor | None,
         weight_trains: bool,
-        norm: tuple | None,
+        norm: tuple[Any, ...] | None,
         residual: Tensor | None,
         kind: int,
         slope: float,
@@ -250,7 +246,7 @@ class Engine:
         act = Act.of(kind, slope, pool)
         if self.record is not None:
             steps = {
-                "conv" if plan.geometry else "linear": True,
+                "conv" if isinstance(plan, ConvPlan) else "linear": True,
                 "norm": norm is not None,
                 "add": residual is not None,
                 act.kind.name.lower(): act.kind != Kind.NONE,
@@ -258,7 +254,7 @@ class Engine:
                 "dropout": noise is not None,
             }
             self.record.append((layer, " ".join(step for step, there in steps.items() if there)))
-        if plan.geometry is None:
+        if not isinstance(plan, ConvPlan):
             return run_linear(
                 self, layer, plan, input, below, weight, bias, weight_trains, act, noise, p, above
             )
@@ -280,7 +276,7 @@ class Engine:
     def resume(
         self,
         image: Tensor,
-        norm: tuple | None,
+        norm: tuple[Any, ...] | None,
         residual: Tensor | None,
         kind: int,
         slope: float,

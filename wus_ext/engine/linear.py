@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._build import build_info
 from .._torch import packed_linear, packed_linear_weight
+from ..nn import SkipLayer
 from .gradient_memory import gradient_memory
 from .packed_weights import PackedWeights
 from .support import Unchanged, is_batched, on_gpu
@@ -38,7 +39,7 @@ class Products:
         weight: Tensor,
         packed: Tensor | None = None,
         transposed: Tensor | None = None,
-        linear: nn.Linear | None = None,
+        linear: SkipLayer | None = None,
     ) -> None:
         self.weight = weight
         self.packed = packed
@@ -47,14 +48,14 @@ class Products:
         self._unchanged = Unchanged(weight)
 
     @classmethod
-    def training(cls, linear: nn.Linear, weight: Tensor) -> Products:
+    def training(cls, linear: SkipLayer, weight: Tensor) -> Products:
         """Of a step after which the layer's weight changes."""
         return cls(weight.detach(), linear=linear)
 
     @classmethod
     def frozen(
         cls,
-        linear: nn.Linear,
+        linear: SkipLayer,
         weight: Tensor,
         input: Tensor,
         packed: PackedWeights,
@@ -109,6 +110,7 @@ class Products:
         """The weight's gradient."""
         if is_batched(grad):
             return grad.t() @ input
+        assert self.linear is not None
         size = (grad.size(1), input.size(1))
         return torch.mm(grad.t(), input, out=gradient_memory(self.linear, grad, size))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from .._build import build_info
 
@@ -53,7 +54,7 @@ class SkipOptions:
     skip_gamma: bool = True
     norm: str = "batch"
     algo: str = "auto"
-    memory_budget: int | str | None = "auto"
+    memory_budget: int | Literal["auto"] | None = "auto"
     fuse: bool = True
     epilogues: Collection[str] = ()
     full: str = "stock"

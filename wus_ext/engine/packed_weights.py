@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,7 +65,7 @@ class PackedWeights:
             stock's full step, as told by :meth:`saves`; None for no limit.
     """
 
-    def __init__(self, budget: int | str | None = None) -> None:
+    def __init__(self, budget: int | Literal["auto"] | None = None) -> None:
         self.budget = budget
         self._layers: WeakKeyDictionary[nn.Module, dict[Hashable, _Copy]] = WeakKeyDictionary()
         self._savings: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

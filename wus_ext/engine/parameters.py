@@ -22,8 +22,8 @@ def is_parametrized_bias(path: str) -> bool:
     return "parametrizations" in path.split(".")[-2:-1] and is_bias(path)
 
 
-def own_parameters(root: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
-    """Every parameter of `root` and all inside: (owner, name, whether it counts as a weight).
+def own_parameters(root: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, bool]]:
+    """Every parameter of `root` and all inside: (owner, name, itself, whether it is a weight).
 
     Those of drop-in layers too: a model may use a layer's weight without calling the layer.
     """
@@ -31,7 +31,7 @@ def own_parameters(root: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
         trains = is_parametrized_bias(path) or (isinstance(module, NORMS) and not root.skip_gamma)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield module, name, not (trains or is_bias(name))
+                yield module, name, parameter, not (trains or is_bias(name))
 
 
 def stands_still(owner: nn.Module, is_weight: bool) -> bool:
@@ -46,7 +46,7 @@ def skippable_parameters(root: nn.Module) -> Skippable:
     owners: Skippable = {}
     for module in root.modules():
         if is_converted(module):  # an outer module knows best what is inside
-            for owner, name, is_weight in own_parameters(module):
+            for owner, name, _, is_weight in own_parameters(module):
                 owners.setdefault(owner, {}).setdefault(name, is_weight)
         elif isinstance(module, SkipLayer):
             for name, parameter in module._parameters.items():
@@ -57,11 +57,12 @@ def skippable_parameters(root: nn.Module) -> Skippable:
 
 def skipped_now(model: nn.Module) -> dict[int, nn.Parameter]:
     """The parameters that no layer trains in the next step, by id; none in a full step."""
-    still, trained = {}, set()
+    still: dict[int, nn.Parameter] = {}
+    trained: set[int] = set()
     for owner, own in skippable_parameters(model).items():
         for name, is_weight in own.items():
             parameter = owner._parameters[name]
-            if stands_still(owner, is_weight):
+            if parameter is not None and stands_still(owner, is_weight):
                 still[id(parameter)] = parameter
             else:
                 trained.add(id(parameter))
@@ -76,8 +77,8 @@ def swapped(root: nn.Module, kind: type[nn.Module]) -> Iterator[None]:
     while torch.compile reads it. Not for several threads.
     """
     replaced = [
-        (owner, name, owner._parameters[name], owner._parameters[name].detach())
-        for owner, name, is_weight in own_parameters(root)
+        (owner, name, parameter, parameter.detach())
+        for owner, name, parameter, is_weight in own_parameters(root)
         if isinstance(owner, kind) and stands_still(owner, is_weight)
     ]
     try:

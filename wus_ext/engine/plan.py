@@ -12,7 +12,7 @@ from .._torch import autocasts
 from .conv.geometry import Geometry
 from .support import TYPES
 
-__all__ = ["Key", "Plan", "plan_conv", "plan_linear", "tensor_types", "why_not"]
+__all__ = ["ConvPlan", "Key", "Plan", "plan_conv", "plan_linear", "tensor_types", "why_not"]
 
 #: What a layer's call depends on, besides its tensors' values.
 Key = tuple[Any, ...]
@@ -25,12 +25,17 @@ class Plan:
     Attributes:
         sizes: of the output.
         dtype: of the output: the input's, or autocast's.
-        geometry: of a convolution.
     """
 
     sizes: list[int]
     dtype: torch.dtype
-    geometry: Geometry | None = None
+
+
+@dataclass(slots=True)
+class ConvPlan(Plan):
+    """Of a convolution."""
+
+    geometry: Geometry
 
 
 def tensor_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> Key:
@@ -71,7 +76,9 @@ def _fused_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dt
     return dtype
 
 
-def plan_conv(conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
+def plan_conv(
+    conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> ConvPlan | None:
     dtype = _fused_dtype(input, weight, bias)
     if (
         dtype is None
@@ -87,12 +94,10 @@ def plan_conv(conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | Non
     geometry = Geometry.of(conv, weight.shape, input.shape)
     if min(geometry.output_size) < 1:
         return None
-    return Plan([input.size(0), weight.size(0), *geometry.output_size], dtype, geometry)
+    return ConvPlan([input.size(0), weight.size(0), *geometry.output_size], dtype, geometry)
 
 
-def plan_linear(
-    linear: nn.Linear, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> Plan | None:
+def plan_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
     dtype = _fused_dtype(input, weight, bias)
     if (
         dtype is None

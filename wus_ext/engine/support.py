@@ -26,7 +26,7 @@ def tf32_products() -> bool:
 
 def tf32_convolutions() -> bool:
     """Whether convolutions in float32 may be rounded to TF32 on a GPU."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def takes(tensor: Tensor) -> bool:

@@ -91,8 +91,10 @@ class Algorithm(ABC):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of input, bias and weight; here by a pass of its own for the activation."""
         need_grad = need_input or trained is not None
-        grad, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_grad, need_bias)
-        grad_input, grad_weight = self._both(grad, need_input, trained)
+        passed, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_grad, need_bias)
+        if passed is None:
+            return None, None, None
+        grad_input, grad_weight = self._both(passed, need_input, trained)
         return grad_input, grad_bias, grad_weight
 
     @abstractmethod
@@ -131,7 +133,7 @@ class Algorithm(ABC):
         return grad_input, grad_residual if apart else grad, grad_weight
 
     def _both(
-        self, grad: Tensor | None, need_input: bool, trained: Trained | None
+        self, grad: Tensor, need_input: bool, trained: Trained | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of input and weight, those that are wanted."""
         return (

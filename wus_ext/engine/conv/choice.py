@@ -72,8 +72,8 @@ def choose(
     if weight.folded is None:
         return kind(geometry, weight.own)
     if packed.fits(weight.layer, ["folded"], lambda: weight.own.nbytes):
-        return kind(geometry, packed.get(weight.layer, "folded", weight.sources, weight))
-    return kind(geometry, weight())
+        return kind(geometry, packed.get(weight.layer, "folded", weight.sources, weight.make))
+    return kind(geometry, weight.make())
 
 
 def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
@@ -86,5 +86,5 @@ def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
         weight.layer,
         name,
         weight.sources,
-        lambda: weight().to(dtype).contiguous(memory_format=layout),
+        lambda: weight.make().to(dtype).contiguous(memory_format=layout),
     )

@@ -74,7 +74,7 @@ class Copies(NamedTuple):
 
         def copy(name: Hashable, dgrad: bool) -> Callable[[], Tensor]:
             made = packed.get(
-                weight.layer, name, weight.sources, lambda: form.pack(weight(), dgrad)
+                weight.layer, name, weight.sources, lambda: form.pack(weight.make(), dgrad)
             )
             return lambda: made
 
@@ -87,7 +87,7 @@ class Copies(NamedTuple):
         shapes = [form.shape(weight.own, dgrad) for dgrad in (False, True)]
         if not packed.lends(4 * max(shape.numel() for shape in shapes)):
             return None
-        unchanged = Unchanged(weight())
+        unchanged = Unchanged(weight.make())
 
         def copy(dgrad: bool) -> Tensor:
             return form.pack_(packed.borrow(shapes[dgrad]), unchanged(), dgrad)

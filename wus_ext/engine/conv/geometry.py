@@ -41,24 +41,29 @@ class Geometry:
             weight: shape [K, C / groups, R, S].
             input: shape [N, C, H, W].
         """
-        kernel, size = tuple(weight[2:]), tuple(input[2:])
-        output = tuple(
-            (size[i] + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1)
-            // conv.stride[i]
-            + 1
+        assert not isinstance(conv.padding, str)
+        kernel, size = _pair(weight[2:]), _pair(input[2:])
+        stride, padding, dilation = _pair(conv.stride), _pair(conv.padding), _pair(conv.dilation)
+        height, width = (
+            (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
             for i in range(2)
         )
         return cls(
             input[1],
             weight[0],
             kernel,
-            tuple(conv.stride),
-            tuple(conv.padding),
-            tuple(conv.dilation),
+            stride,
+            padding,
+            dilation,
             conv.groups,
             size,
-            output,
+            (height, width),
         )
+
+
+def _pair(numbers: Sequence[int]) -> tuple[int, int]:
+    height, width = numbers
+    return height, width
 
 
 def suits_strided(geometry: Geometry, algo: str) -> bool:

@@ -35,17 +35,19 @@ class Rowwise(Algorithm):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if act.pool is not None:
             size, need_grad = self.geometry.output_size, need_input or trained is not None
-            grad, grad_bias = masked(grad, mask, act, size, need_grad, need_bias)
-            return self._plain(grad, need_input, grad_bias, trained)
+            passed, grad_bias = masked(grad, mask, act, size, need_grad, need_bias)
+            if passed is None or not need_grad:
+                return None, grad_bias, None
+            return self._plain(passed, need_input, grad_bias, trained)
         bits, z = (None, mask) if act.smooth else (mask, None)
         grads = self._gradients(grad, bits, z, None, act, need_input, need_bias, trained)
         return _wanted(grads, need_input, need_bias, trained)
 
     def dgrad(self, grad: Tensor) -> Tensor:
-        return self._plain(grad, True, None, None)[0]
+        return self._gradients(grad, None, None, None, Act.NONE, True, False, None)[0]
 
     def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
-        return self._plain(grad, False, None, trained)[2]
+        return self._gradients(grad, None, None, None, Act.NONE, False, False, trained)[1]
 
     def backward_norm(
         self,

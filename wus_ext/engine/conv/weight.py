@@ -27,5 +27,5 @@ class Weight(NamedTuple):
     trains: bool = False
     folded: Callable[[], Tensor] | None = None
 
-    def __call__(self) -> Tensor:
+    def make(self) -> Tensor:
         return self.own if self.folded is None else self.folded()

@@ -60,12 +60,12 @@ class Winograd(Algorithm):
         grad_weight = None
         if act not in PROLOGUES:
             return super().backward(grad, mask, act, need_input, need_bias, trained)
-        if act.kind.bits and act.pool is None:
+        if mask is not None and act.pool is None:
             mask = mask.view(grad.size(0), *self.geometry.output_size, -1)
         if trained is not None:
             grad_weight = self._weigh(grad, trained, mask, PROLOGUES[act])
         if not need_input:
-            if act.kind.bits and act.pool is None:
+            if mask is not None and act.pool is None:
                 mask = mask.flatten(0, 2)
             _, grad_bias = masked(grad, mask, act, self.geometry.output_size, False, need_bias)
             return None, grad_bias, grad_weight
@@ -101,7 +101,7 @@ class Winograd(Algorithm):
             grad_residual, mask, act = grad, None, Act.NONE
         elif act not in NORM_PROLOGUES:
             return super().backward_norm(grad, z, norm, mask, act, need_input, False, trained)
-        elif act.kind.bits and act.pool is None:
+        elif mask is not None and act.pool is None:
             mask = mask.view(z.size(0), *self.geometry.output_size, -1)
         rest = mask, NORM_PROLOGUES[act], z, norm.rows[:3]
         return (

@@ -3,20 +3,22 @@ two passes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..conv.algorithm import Direct, Unfused
 from ..support import on_gpu, tf32_convolutions
-from .tuning import Candidate, Choices, Way
+from .tuning import Candidate, Choices
 
 ops = sums = torch.ops.wus  # apart for tests: cuDNN's part cannot be emulated
 choices = Choices()
 
 
-def suits(algorithm: Unfused, grad: Tensor) -> bool:
+def suits(algorithm: Unfused, grad: Tensor) -> TypeGuard[Direct]:
     """Whether cuDNN may have such a kernel: stride 1, one group, channels in eights.
 
     Where results must be the same in every run no choice may depend on times.
@@ -36,8 +38,8 @@ def suits(algorithm: Unfused, grad: Tensor) -> bool:
 
 
 def dgrad_relu(
-    algorithm: Direct, grad: Tensor, mask: Tensor, two_passes: Way
-) -> tuple[Tensor, ...]:
+    algorithm: Direct, grad: Tensor, mask: Tensor, two_passes: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """The gradient of the input behind the mask, and its sum over all but the channels.
 
     The first call for a shape compares the ways there are and times them; later ones take the best.
@@ -47,10 +49,10 @@ def dgrad_relu(
     tf32 = grad.dtype == torch.float32 and tf32_convolutions()
     key = (grad.device, grad.dtype, tf32, tuple(grad.shape), tuple(weight.shape), *numbers)
 
-    def one_kernel() -> tuple[Tensor, ...]:
+    def one_kernel() -> tuple[Tensor, Tensor]:
         return ops.conv_dgrad_relu(grad, weight, mask, *numbers, True, tf32)
 
-    def sum_apart() -> tuple[Tensor, ...]:
+    def sum_apart() -> tuple[Tensor, Tensor]:
         grad_input, _ = ops.conv_dgrad_relu(grad, weight, mask, *numbers, False, tf32)
         return grad_input, sums.activate_grad(grad_input, act=0)[1]
 

@@ -9,7 +9,7 @@ the pass that they are in an unlinked chain, with the same results bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,10 +69,11 @@ class Layer(Protocol):
     def dgrad(self, grad: Tensor) -> Tensor:
         """The gradient of the input."""
 
-    def dgrad_relu(
-        self, grad: Tensor, mask: Tensor, need_input: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """The gradient of the input behind a mask, and its sum over all but the channels."""
+    def dgrad_relu(self, grad: Tensor, mask: Tensor, need_input: bool) -> tuple[Tensor, Tensor]:
+        """The gradient of the input behind a mask, and its sum over all but the channels.
+
+        The first is of no use where it is not needed.
+        """
 
 
 @dataclass
@@ -104,12 +105,10 @@ class ConvLayer:
     def dgrad(self, grad: Tensor) -> Tensor:
         return self.algorithm.dgrad(grad)
 
-    def dgrad_relu(
-        self, grad: Tensor, mask: Tensor, need_input: bool
-    ) -> tuple[Tensor | None, Tensor]:
+    def dgrad_relu(self, grad: Tensor, mask: Tensor, need_input: bool) -> tuple[Tensor, Tensor]:
         grad, algorithm = dense(grad), self.algorithm
 
-        def two_passes() -> tuple[Tensor | None, Tensor]:
+        def two_passes() -> tuple[Tensor, Tensor]:
             return _two_passes(algorithm, grad, mask, need_input)
 
         if not (self.cudnn and need_input and conv_epilogue.suits(algorithm, grad)):
@@ -142,6 +141,7 @@ class LinearLayer:
     ) -> tuple[Tensor, Tensor | None]:
         if not self.opaque:
             return linear_forward(self.product, input, bias, self.act, self.noise, self.p)
+        assert bias is not None
         weight = self.product.weight
         return ops.linear_relu_aux(input, weight, bias.to(input.dtype), self.tf32)
 
@@ -153,9 +153,7 @@ class LinearLayer:
     def dgrad(self, grad: Tensor) -> Tensor:
         return self.product.dgrad(grad)
 
-    def dgrad_relu(
-        self, grad: Tensor, mask: Tensor, need_input: bool
-    ) -> tuple[Tensor | None, Tensor]:
+    def dgrad_relu(self, grad: Tensor, mask: Tensor, need_input: bool) -> tuple[Tensor, Tensor]:
         if not self.below_opaque:
             return _two_passes(self.product, grad, mask, need_input)
         return ops.linear_drelu_bgrad(grad, self.product.weight, mask, self.tf32)
@@ -170,9 +168,8 @@ def suits_cublaslt(input: Tensor, features: int, features_above: int) -> bool:
 
 def _two_passes(
     layer: Unfused | Products, grad: Tensor, mask: Tensor, need_input: bool
-) -> tuple[Tensor | None, Tensor]:
-    grad, grad_bias = ops.activate_grad(layer.dgrad(grad), mask, need_grad_input=need_input)
-    return (grad if need_input else None), grad_bias
+) -> tuple[Tensor, Tensor]:
+    return ops.activate_grad(layer.dgrad(grad), mask, need_grad_input=need_input)
 
 
 def linked(
@@ -193,7 +190,7 @@ def linked(
     mask, bias_below = (None, None) if below is None else (below.mask, below.bias)
     held: list[Tensor] | None = [] if hold else None
     output = _Linked.apply(input, own_bias, residual, mask, bias_below, layer, held)
-    return Held(output, *held, bias, layer.opaque) if hold else output
+    return output if held is None else Held(output, held[0], bias, layer.opaque)
 
 
 class _Linked(torch.autograd.Function):
@@ -201,17 +198,26 @@ class _Linked(torch.autograd.Function):
     that is a list: for a second output backward would make a gradient of zeros."""
 
     @staticmethod
-    def forward(ctx, input, bias, residual, mask_below, bias_below, layer, held):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask_below: Tensor | None,
+        bias_below: Tensor | None,
+        layer: Layer,
+        held: list[Tensor | None] | None,
+    ) -> Tensor:
         output, mask = layer.forward(input, bias, residual)
         ctx.layer, ctx.hold = layer, held is not None
-        if ctx.hold:
+        if held is not None:
             held.append(mask)
         ctx.save_for_backward(None if ctx.hold else mask, mask_below)
         return output
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, mask_below = ctx.saved_tensors
         need_input, need_bias, need_residual, _, need_below, *_ = ctx.needs_input_grad
         layer = ctx.layer
@@ -238,13 +244,13 @@ class _Settled(torch.autograd.Function):
     """The output itself; backward masks its gradient and sums it for the bias."""
 
     @staticmethod
-    def forward(ctx, output, mask, bias):
+    def forward(ctx: Any, output: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
         return output.detach()
 
     @staticmethod
     @first_order
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         need_output, _, need_bias = ctx.needs_input_grad
         grad_output, grad_bias = ops.activate_grad(grad, mask, need_grad_input=need_output)

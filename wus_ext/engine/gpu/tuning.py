@@ -60,7 +60,8 @@ class Choices:
         if not all(bool(tensor.isfinite().all()) for tensor in expected):
             return
         right = {i: way for i, way in ways.items() if self._is_right(key, way, expected)}
-        times = {None: self._seconds(trusted), **{i: self._seconds(w) for i, w in right.items()}}
+        times: dict[int | None, float] = {None: self._seconds(trusted)}
+        times |= {i: self._seconds(way) for i, way in right.items()}
         logger.info("%s: %s", key, {i: f"{seconds * 1e6:.1f} µs" for i, seconds in times.items()})
         self._chosen[key] = min(times, key=times.__getitem__)
 
