@@ -33,12 +33,12 @@ def flops(layer: nn.Module, input: torch.Tensor) -> tuple[int, int]:
     once = 2 * len(input) * layer.weight.numel()
     if isinstance(layer, nn.Linear):
         return once, once
-    geometry = Geometry.of(layer, input)
+    geometry = Geometry.of(layer, layer.weight.shape, input.shape)
     height, width = geometry.output_size
     direct = once * height * width
-    if chosen := schemes(layer, geometry, "auto"):
+    if chosen := schemes(geometry, "auto"):
         products, side = TILES[chosen[0]]
-    elif layer.kernel_size == (3, 3) and suits_strided(layer, geometry, "auto"):
+    elif layer.kernel_size == (3, 3) and suits_strided(geometry, "auto"):
         products, side = POLYPHASE
     else:
         return direct, direct

@@ -58,6 +58,20 @@ def test_one_channel(kernel, act, channels_last):
     check(frozen(stock), skip, images((2, 1, 12, 10), channels_last), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("after", [[], [nn.ReLU()], [nn.ReLU(), nn.MaxPool2d(2)]], ids=len)
+@pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 3, "groups": 16}], ids=str)
+def test_only_the_bias_of_a_first_layer_trains(options, after):
+    """No gradient goes on to the images or to the weight."""
+    stock = nn.Sequential(nn.Conv2d(16, 16, **options), *after)
+    skip = wus_ext.convert(copy.deepcopy(stock))
+    wus_ext.set_skip(skip, True)
+    x = images((8, 16, 12, 10))
+    for model in (stock, skip):
+        model(x).square().mean().backward()
+    torch.testing.assert_close(skip[0].bias.grad, stock[0].bias.grad)
+    assert skip[0].weight.grad is None
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 13, 37])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["conv_relu", "conv_norm_relu", "conv_relu_pool", "functional"])
