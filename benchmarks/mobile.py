@@ -4,9 +4,7 @@
 
 Stock means oneDNN's convolution on channels_last maps, and stock's batch norm and ReLU6 around it.
 The layers are those of MobileNetV2, MNASNet, EfficientNet-B0 and ResNet-50 on images of 224 pixels.
-"norm in front" has the layer read its input through the norm and activation before it; stock's
-side computes them first. Both sides take turns in one run; results are compared before anything is
-timed.
+Both sides take turns in one run; results are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -86,17 +84,16 @@ class Layer:
         rest = (*self.window, [1, 1], False, [0, 0], self.groups, mask)
         return aten.convolution_backward(g, self.x, self.weight, None, *rest)[:2]
 
-    def _forward(self, depthwise: Any, pointwise: Any, **options: object) -> tuple:
+    def _forward(self, depthwise: Any, pointwise: Any) -> tuple:
         if self.groups > 1:
-            return depthwise(self.x, self.weight, None, *self.window, **options)
-        return pointwise(self.x, self.packed, None, self.weight.size(0), **options)
+            return depthwise(self.x, self.weight, None, *self.window)
+        return pointwise(self.x, self.packed, None, self.weight.size(0))
 
-    def forward(self, **options: object) -> tuple:
-        return self._forward(ops.depthwise_forward, ops.pointwise_forward, **options)
+    def forward(self) -> tuple:
+        return self._forward(ops.depthwise_forward, ops.pointwise_forward)
 
-    def stats(self, **options: object) -> tuple:
-        names = ops.depthwise_forward_stats, ops.pointwise_forward_stats
-        return self._forward(*names, **options)
+    def stats(self) -> tuple:
+        return self._forward(ops.depthwise_forward_stats, ops.pointwise_forward_stats)
 
     def backward(self, g: torch.Tensor, input: bool, weight: bool, **options: object) -> tuple:
         x = self.x if weight else None
@@ -114,7 +111,6 @@ def steps(layer: Layer) -> dict[str, tuple[Callable[[], tuple], Callable[[], tup
     """Stock's and our way, by what they compute; both return the tensors to compare."""
     outputs = layer.weight.size(0)
     gamma, beta = torch.rand(outputs) + 0.5, torch.randn(outputs)
-    front = torch.stack([torch.rand(layer.x.size(1)) + 0.5, torch.randn(layer.x.size(1))])
 
     def stock_norm(z: torch.Tensor) -> tuple:
         return aten.native_batch_norm(z, gamma, beta, None, None, True, 0.1, 1e-5)
@@ -140,11 +136,6 @@ def steps(layer: Layer) -> dict[str, tuple[Callable[[], tuple], Callable[[], tup
         through = {"mask": mask, "z": z, "batch_norm": torch.stack(abc), "act": RELU6}
         return *layer.backward(g, True, weight, **through), grad_beta
 
-    def stock_front() -> tuple:
-        scale, shift = (row.view(1, -1, 1, 1) for row in front)
-        read = F.hardtanh_(layer.x * scale + shift, 0, 6)
-        return (aten.conv2d(read, layer.weight, None, *layer.window, [1, 1], layer.groups),)
-
     return {
         "forward": (lambda: (layer.stock(),), lambda: layer.forward()[:1]),
         "dgrad": (
@@ -162,10 +153,6 @@ def steps(layer: Layer) -> dict[str, tuple[Callable[[], tuple], Callable[[], tup
         "norm, ReLU6": (
             lambda: (F.hardtanh_(stock_norm(layer.stock())[0], 0, 6),),
             lambda: ours_norm()[3:4],
-        ),
-        "norm in front": (
-            stock_front,
-            lambda: layer.forward(input_norm=front, input_act=RELU6)[:1],
         ),
         "skip backward": (lambda: stock_chain_backward(False), lambda: ours_chain_backward(False)),
         "full backward": (lambda: stock_chain_backward(True), lambda: ours_chain_backward(True)),

@@ -9,12 +9,11 @@
 #include "deferral/bindings.h"
 
 TORCH_LIBRARY(wus, m) {
+  // Over a constant weight, which gets no gradient.
   m.def(
       "convolution(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
-      "SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups, *, "
-      "bool skip_wgrad=False) -> Tensor");
-  m.def(
-      "linear(Tensor input, Tensor weight, Tensor? bias=None, *, bool skip_wgrad=False) -> Tensor");
+      "SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups) -> Tensor");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
 
   // Element-wise kernels of a skip step. mask: uint8 [rows, ceil(C / 8)], a bit an element; code:
   // uint8 [N, H', W', C], a byte a pooled element (see common/layout.h).
@@ -116,17 +115,14 @@ TORCH_LIBRARY(wus, m) {
   //   2, ReLU and 2x2 max-pooling: -> [N, K, H' / 2, W' / 2], codes uint8 [N, H' / 2, W' / 2, K]:
   //      2 * dy + dx of the maximum, or 4 where it is not positive
   //   3, statistics: -> [N, K, H', W'], mean and biased variance float32 [2, K]
-  // affine: scale and shift [2, C] of the input, applied as it is read, then ReLU if affine_relu.
   m.def(
       "winograd_forward(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "
-      "int padding, int scheme, int epilogue, Tensor? affine=None, bool affine_relu=False) "
-      "-> (Tensor, Tensor)");
+      "int padding, int scheme, int epilogue) -> (Tensor, Tensor)");
   // -> grad_input [N, in_channels, *input_size], channels_last, and grad_bias [K] or [0].
   // prologue 0: grad_output [N, K, H', W'] as it is, no grad_bias
   //   1: with grad_bias; 2: behind a bit mask; 3: [N, K, H' / 2, W' / 2] behind pool codes
-  //   4 to 7, batch norm, no grad_bias: a * g + b * z + c with z [N, K, H', W'] and batch_norm
-  //      [3, K] = a, b, c, where g is grad_output (4), behind a bit mask (5), behind the ReLU of
-  //      scale * z + shift (6; batch_norm [5, K] = a, b, c, scale, shift), behind pool codes (7)
+  //   4 to 6, batch norm, no grad_bias: a * g + b * z + c with z [N, K, H', W'] and batch_norm
+  //      [3, K] = a, b, c, where g is grad_output (4), behind a bit mask (5), behind pool codes (6)
   m.def(
       "winograd_dgrad(Tensor grad_output, Tensor packed, Tensor? mask, SymInt in_channels, "
       "SymInt[2] input_size, int padding, int scheme, int prologue, Tensor? z=None, "
@@ -142,33 +138,26 @@ TORCH_LIBRARY(wus, m) {
   m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear_dgrad(Tensor grad_output, Tensor weight) -> Tensor");
   // Depthwise convolution on the CPU (groups == inputs == outputs; 3x3 or 5x5, stride 1 or 2 in
-  // both directions, dilation 1; float32, channels_last). input_norm: scale and shift [2, C] of the
-  // input, applied as it is read, with input_act behind it.
+  // both directions, dilation 1; float32, channels_last).
   //
   // input [N, C, H, W], weight [C, 1, k, k] -> act(conv + bias) [N, C, H', W']; saved: what
   // backward needs, bits uint8 [N * H' * W', ceil(C / 8)] for act 1 to 4, the act's input for
   // others, or [0].
   m.def(
       "depthwise_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
-      "SymInt[2] padding, int act=0, float slope=0, bool save=True, Tensor? input_norm=None, "
-      "int input_act=0, float input_slope=0) -> (Tensor output, Tensor saved)");
+      "SymInt[2] padding, int act=0, float slope=0) -> (Tensor output, Tensor saved)");
   // -> conv + bias, and each channel's mean and biased variance.
   m.def(
       "depthwise_forward_stats(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, "
-      "SymInt[2] padding, Tensor? input_norm=None, int input_act=0, float input_slope=0) -> "
-      "(Tensor output, Tensor mean, Tensor var)");
-  // grad_weight where input is given and it is wanted. mask: bits; z: the act's input, or with
-  // batch_norm [3, C] = a, b, c the norm's, through which the gradient goes on as a * g + b * z +
-  // c; without a mask an act needs [5, C] = a, b, c, scale, shift. With input_mean [C], input_sums
-  // are what batch_norm_grad_sums would give for grad_input and the norm in front, float64 [2 * C].
-  // What is not wanted is [0].
+      "SymInt[2] padding) -> (Tensor output, Tensor mean, Tensor var)");
+  // grad_weight where input is given. mask: bits; z: the act's input, or with batch_norm [3, C] =
+  // a, b, c the norm's, through which the gradient goes on as a * g + b * z + c; without a mask an
+  // act needs [5, C] = a, b, c, scale, shift. What is not wanted is [0].
   m.def(
       "depthwise_backward(Tensor grad_output, Tensor weight, Tensor? input, SymInt[2] input_size, "
       "SymInt[2] stride, SymInt[2] padding, Tensor? mask=None, Tensor? z=None, "
-      "Tensor? batch_norm=None, int act=0, float slope=0, Tensor? input_norm=None, "
-      "int input_act=0, float input_slope=0, Tensor? input_mean=None, bool need_grad_input=True, "
-      "bool need_grad_weight=True, bool need_grad_bias=False) -> "
-      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor input_sums)");
+      "Tensor? batch_norm=None, int act=0, float slope=0, bool need_grad_input=True, "
+      "bool need_grad_bias=False) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // 1x1 convolution on the CPU on a weight packed beforehand (unit stride, no padding, one group;
   // float32, channels_last). All but the weight as for depthwise convolutions; grad_input where
@@ -179,18 +168,15 @@ TORCH_LIBRARY(wus, m) {
   m.def("pointwise_pack_(Tensor(a!) packed, Tensor weight, bool dgrad) -> Tensor(a!)");
   m.def(
       "pointwise_forward(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "
-      "int act=0, float slope=0, bool save=True, Tensor? input_norm=None, int input_act=0, "
-      "float input_slope=0) -> (Tensor output, Tensor saved)");
+      "int act=0, float slope=0) -> (Tensor output, Tensor saved)");
   m.def(
-      "pointwise_forward_stats(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels, "
-      "Tensor? input_norm=None, int input_act=0, float input_slope=0) -> "
+      "pointwise_forward_stats(Tensor input, Tensor packed, Tensor? bias, SymInt out_channels) -> "
       "(Tensor output, Tensor mean, Tensor var)");
   m.def(
       "pointwise_backward(Tensor grad_output, Tensor? packed, Tensor? input, SymInt in_channels, "
       "Tensor? mask=None, Tensor? z=None, Tensor? batch_norm=None, int act=0, float slope=0, "
-      "Tensor? input_norm=None, int input_act=0, float input_slope=0, Tensor? input_mean=None, "
-      "bool need_grad_weight=True, bool need_grad_bias=False, bool channels_last=True) -> "
-      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor input_sums)");
+      "bool need_grad_bias=False, bool channels_last=True) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // How many tensors share a tensor's memory, itself included.
   m.def("storage_users(Tensor tensor) -> int");

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -114,32 +112,18 @@ def test_full_convolutions_are_stock_bit_for_bit(case):
     tensors = operands(case)
     op, twin = both(case)
     expected, wanted, grad_output = gradients(twin, *tensors, **case.options)
-    for full in (op, partial(full_step_operator, case)):
-        actual, got, _ = gradients(full, *tensors, grad_output, **case.options)
-        assert torch.equal(actual, expected)
-        for name, grad in wanted.items():
-            assert (grad is None and got[name] is None) or torch.equal(got[name], grad), name
-
-
-def full_step_operator(case, input, weight, bias, **options):
-    """The operator itself without its flag; it knows numbers and batches only."""
-    if isinstance(options.get("padding"), str) or input.dim() == case.dims + 1:
-        return both(case)[0](input, weight, bias, **options)
-    groups = options.pop("groups", 1)
-    numbers = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0} | options
-    numbers = {k: v if isinstance(v, tuple) else [v] * case.dims for k, v in numbers.items()}
-    return torch.ops.wus.convolution(
-        input, weight, bias, **numbers, transposed=case.transposed, groups=groups
-    )
+    actual, got, _ = gradients(op, *tensors, grad_output, **case.options)
+    assert torch.equal(actual, expected)
+    for name, grad in wanted.items():
+        assert (grad is None and got[name] is None) or torch.equal(got[name], grad), name
 
 
 def test_full_linear_is_stock_bit_for_bit():
     tensors = torch.randn(5, 12), torch.randn(7, 12), torch.randn(7)
     expected, wanted, grad_output = gradients(reference.linear, *tensors)
-    for op in (functional.linear, torch.ops.wus.linear):
-        actual, got, _ = gradients(op, *tensors, grad_output)
-        assert torch.equal(actual, expected)
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    actual, got, _ = gradients(functional.linear, *tensors, grad_output)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def saved_storages(function, *tensors, **options):
@@ -269,27 +253,22 @@ def test_linear_gradcheck_and_double_backward(shape):
     assert torch.autograd.gradgradcheck(op, (input, bias), fast_mode=True)
 
 
-@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @one_of_each
-def test_opcheck_convolution(case, skip, bias):
+def test_opcheck_convolution(case, bias):
     input, weight, shift = leaves(*operands(case))
     ones = [1] * case.dims
     torch.library.opcheck(
         torch.ops.wus.convolution,
         (input, weight, shift if bias else None, ones, ones, ones),
-        {"transposed": case.transposed, "output_padding": [0] * case.dims, "groups": 1}
-        | {"skip_wgrad": skip},
+        {"transposed": case.transposed, "output_padding": [0] * case.dims, "groups": 1},
     )
 
 
-@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_opcheck_linear(skip, bias):
+def test_opcheck_linear(bias):
     input, weight, shift = leaves(torch.randn(5, 12), torch.randn(7, 12), torch.randn(7))
-    torch.library.opcheck(
-        torch.ops.wus.linear, (input, weight, shift if bias else None), {"skip_wgrad": skip}
-    )
+    torch.library.opcheck(torch.ops.wus.linear, (input, weight, shift if bias else None))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -243,7 +243,7 @@ def linear(
         return F.linear(input, weight, bias)
     if _transformed():
         return F.linear(input, weight.detach(), bias)
-    return torch.ops.wus.linear(input, weight, bias, skip_wgrad=True)
+    return torch.ops.wus.linear(input, weight, bias)
 
 
 def _transformed() -> bool:
@@ -282,11 +282,8 @@ def _convolution(
         return getattr(F, f"conv{dims}d")(*operands, dilation, groups)
     numbers = (stride, padding, dilation, transposed, left_over, groups)
     if input.dim() == dims + 1:
-        output = torch.ops.wus.convolution(
-            input.unsqueeze(0), weight, bias, *numbers, skip_wgrad=True
-        )
-        return output.squeeze(0)
-    return torch.ops.wus.convolution(input, weight, bias, *numbers, skip_wgrad=True)
+        return torch.ops.wus.convolution(input.unsqueeze(0), weight, bias, *numbers).squeeze(0)
+    return torch.ops.wus.convolution(input, weight, bias, *numbers)
 
 
 def pad(input: Tensor, padding: Sequence[int], mode: str) -> Tensor:
@@ -388,7 +385,6 @@ def _(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-    skip_wgrad: bool = False,
 ) -> Tensor:
     return torch.ops.aten.convolution(
         input, weight, bias, stride, padding, dilation, transposed, output_padding, groups
@@ -396,5 +392,5 @@ def _(
 
 
 @torch.library.register_fake("wus::linear")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, skip_wgrad: bool) -> Tensor:
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten.linear(input, weight, bias)

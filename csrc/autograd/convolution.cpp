@@ -151,20 +151,14 @@ class SkipConvolution : public torch::autograd::Function<SkipConvolution> {
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                   bool transposed, SymIntArrayRef output_padding, c10::SymInt groups,
-                   bool /*skip_wgrad*/) {
+                   bool transposed, SymIntArrayRef output_padding, c10::SymInt groups) {
   return convolve(input, weight, bias, stride, padding, dilation, transposed, output_padding,
                   groups);
 }
 
 Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                            bool transposed, SymIntArrayRef output_padding, c10::SymInt groups,
-                            bool skip_wgrad) {
-  if (!skip_wgrad) {
-    return convolve(input, weight, bias, stride, padding, dilation, transposed, output_padding,
-                    groups);
-  }
+                            bool transposed, SymIntArrayRef output_padding, c10::SymInt groups) {
   const auto sizes = stride.size();
   TORCH_CHECK(padding.size() == sizes && dilation.size() == sizes && output_padding.size() == sizes,
               "convolution: stride, padding, dilation and output_padding must be equally long");
@@ -180,8 +174,7 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Opt
 template <c10::DeviceType device, c10::DispatchKey key>
 Tensor convolution_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                            bool transposed, SymIntArrayRef output_padding, c10::SymInt groups,
-                            bool skip_wgrad) {
+                            bool transposed, SymIntArrayRef output_padding, c10::SymInt groups) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("wus::convolution", "")
@@ -190,7 +183,7 @@ Tensor convolution_autocast(const Tensor& input, const Tensor& weight, const Opt
   return op.call(at::autocast::cached_cast(dtype, input, device),
                  at::autocast::cached_cast(dtype, weight, device),
                  at::autocast::cached_cast(dtype, bias, device), stride, padding, dilation,
-                 transposed, output_padding, groups, skip_wgrad);
+                 transposed, output_padding, groups);
 }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) { m.impl("convolution", convolution); }

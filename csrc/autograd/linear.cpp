@@ -52,29 +52,25 @@ class SkipLinear : public torch::autograd::Function<SkipLinear> {
   }
 };
 
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-              bool /*skip_wgrad*/) {
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   return at::linear(input, weight, bias);
 }
 
-Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                       bool skip_wgrad) {
-  if (!skip_wgrad) return at::linear(input, weight, bias);
+Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   TORCH_CHECK(weight.dim() == 2, "linear: weight must be (out_features, in_features), but has ",
               weight.dim(), " dimensions");
   return SkipLinear::apply(input, weight.detach(), bias);
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
-Tensor linear_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                       bool skip_wgrad) {
+Tensor linear_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("wus::linear", "").typed<decltype(linear)>();
   const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(device);
   return op.call(at::autocast::cached_cast(dtype, input, device),
                  at::autocast::cached_cast(dtype, weight, device),
-                 at::autocast::cached_cast(dtype, bias, device), skip_wgrad);
+                 at::autocast::cached_cast(dtype, bias, device));
 }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) { m.impl("linear", linear); }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple, overload
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,28 +111,6 @@ def activate(input: Tensor, act: Act, in_place: bool = True) -> tuple[Tensor, Te
         return ops.activate_(input, kind, slope)
     output, bits = ops.activate(input, None, kind, slope)
     return output, input if act.smooth else bits
-
-
-@overload
-def masked(
-    grad: Tensor,
-    saved: Tensor | None,
-    act: Act,
-    output_size: tuple[int, int],
-    need_grad: Literal[True],
-    need_bias: bool,
-) -> tuple[Tensor, Tensor | None]: ...
-
-
-@overload
-def masked(
-    grad: Tensor,
-    saved: Tensor | None,
-    act: Act,
-    output_size: tuple[int, int],
-    need_grad: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def masked(

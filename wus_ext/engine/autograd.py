@@ -201,7 +201,7 @@ class ConvNormAct(torch.autograd.Function):
         if not kept:
             need_sums = need_beta or need_bias
             passed, sums = masked(grad, mask, act, ctx.size, need_residual, need_sums)
-            grad_bias = sums * 0 if need_bias else None
+            grad_bias = sums * 0 if need_bias and sums is not None else None
             grad_beta = sums if need_beta else None
             grad_residual = passed if need_residual else None
             return None, grad_bias, None, None, grad_beta, grad_residual, None, None, None

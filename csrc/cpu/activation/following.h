@@ -18,10 +18,10 @@ struct Following {
   uint8_t* mask;
 
   // Returns what is saved of an activation behind `output`: bits, its input, or [0].
-  at::Tensor set(const at::Tensor& output, int64_t activation, double its_slope, bool save) {
+  at::Tensor set(const at::Tensor& output, int64_t activation, double its_slope) {
     act = static_cast<int>(activation);
     slope = static_cast<float>(its_slope);
-    if (!save || act == kNone) return nothing(output, at::kByte);
+    if (act == kNone) return nothing(output, at::kByte);
     at::Tensor saved = has_bits(act) ? empty_mask(output) : empty_rows(output);
     if (has_bits(act)) {
       mask = saved.mutable_data_ptr<uint8_t>();

@@ -24,28 +24,6 @@ at::Tensor per_channel(const std::optional<at::Tensor>& t, const char* name, int
   return t ? per_channel(*t, name, channels) : at::Tensor();
 }
 
-FrontedInput::FrontedInput(const at::Tensor& input, const std::optional<at::Tensor>& norm,
-                           int64_t act, double slope)
-    : x(as_rows(input, "input")) {
-  check_act(act);
-  const int64_t channels = Rows(x).channels;
-  op = {data(x),
-        nullptr,
-        nullptr,
-        nullptr,
-        channels,
-        static_cast<int>(act),
-        static_cast<float>(slope)};
-  if (!norm) return;
-  check_float(*norm, "input_norm");
-  TORCH_CHECK_VALUE(norm->sizes() == at::IntArrayRef({2, channels}),
-                    "input_norm must be scale and shift [2, ", channels, "], got size ",
-                    norm->sizes());
-  norm_ = norm->contiguous();
-  op.scale = data(norm_);
-  op.shift = op.scale + channels;
-}
-
 PassedGradient::PassedGradient(const at::Tensor& grad_output, const std::optional<at::Tensor>& mask,
                                const std::optional<at::Tensor>& x, const char* x_name,
                                const at::Tensor& scale, const at::Tensor& shift, int64_t act,

@@ -47,18 +47,4 @@ class PassedGradient {
   NormCoefficients coefficients_{};
 };
 
-// The input of a convolution, and what stands in front of it: a normalisation's scale and shift
-// [2, channels] and an activation, applied as the input is read. Checked and dense.
-class FrontedInput {
- public:
-  FrontedInput(const at::Tensor& input, const std::optional<at::Tensor>& norm, int64_t act,
-               double slope);
-
-  at::Tensor x;
-  Activated op{};
-
- private:
-  at::Tensor norm_;
-};
-
 }  // namespace wus::cpu

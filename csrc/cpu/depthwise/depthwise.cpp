@@ -60,21 +60,19 @@ void check_map(const Tensor& map, const char* name, const DepthwiseShape& s, int
 }
 
 struct Forward {
-  FrontedInput input;
-  Tensor weight, bias, output;
+  Tensor input, weight, bias, output;
   DepthwiseForward work{};
 
   Forward(const Tensor& x, const Tensor& w, const OptionalTensor& b, at::IntArrayRef stride,
-          at::IntArrayRef padding, const OptionalTensor& input_norm, int64_t input_act,
-          double input_slope)
-      : input(x, input_norm, input_act, input_slope), weight(w.contiguous()) {
+          at::IntArrayRef padding)
+      : input(as_rows(x, "input")), weight(w.contiguous()) {
     TORCH_CHECK_VALUE(x.dim() == 4, "depthwise: input must be [N, C, H, W], got shape ", x.sizes());
     const DepthwiseShape s = shape_of(x.size(0), w, x.sizes().slice(2), stride, padding);
     check_map(x, "input", s, s.height, s.width);
     bias = per_channel(b, "bias", s.channels);
-    output = empty_map(input.x, s.channels, s.oh, s.ow);
+    output = empty_map(input, s.channels, s.oh, s.ow);
     work.shape = s;
-    work.input = input.op;
+    work.input = data(input);
     work.weight = data(weight);
     work.bias = data(bias);
     work.output = output.mutable_data_ptr<float>();
@@ -83,21 +81,20 @@ struct Forward {
 
 std::tuple<Tensor, Tensor> depthwise_forward(const Tensor& input, const Tensor& weight,
                                              const OptionalTensor& bias, at::IntArrayRef stride,
-                                             at::IntArrayRef padding, int64_t act, double slope,
-                                             bool save, const OptionalTensor& input_norm,
-                                             int64_t input_act, double input_slope) {
+                                             at::IntArrayRef padding, int64_t act, double slope) {
   check_act(act);
-  Forward forward(input, weight, bias, stride, padding, input_norm, input_act, input_slope);
-  const Tensor saved = forward.work.following.set(forward.output, act, slope, save);
+  Forward forward(input, weight, bias, stride, padding);
+  const Tensor saved = forward.work.following.set(forward.output, act, slope);
   run_depthwise(forward.work);
   return {forward.output, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_forward_stats(
-    const Tensor& input, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
-    at::IntArrayRef padding, const OptionalTensor& input_norm, int64_t input_act,
-    double input_slope) {
-  const Forward forward(input, weight, bias, stride, padding, input_norm, input_act, input_slope);
+std::tuple<Tensor, Tensor, Tensor> depthwise_forward_stats(const Tensor& input,
+                                                           const Tensor& weight,
+                                                           const OptionalTensor& bias,
+                                                           at::IntArrayRef stride,
+                                                           at::IntArrayRef padding) {
+  const Forward forward(input, weight, bias, stride, padding);
   const auto& s = forward.work.shape;
   const auto [mean, var] = statistics(run_depthwise_sums(forward.work), s.images * s.oh * s.ow);
   return {forward.output, mean, var};
@@ -118,42 +115,37 @@ Tensor weight_gradient(const Tensor& sums, const Tensor& weight) {
   return grad;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_backward(
+std::tuple<Tensor, Tensor, Tensor> depthwise_backward(
     const Tensor& grad_output, const Tensor& weight, const OptionalTensor& input,
     at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
     const OptionalTensor& mask, const OptionalTensor& z, const OptionalTensor& norm, int64_t act,
-    double slope, const OptionalTensor& input_norm, int64_t input_act, double input_slope,
-    const OptionalTensor& input_mean, bool need_grad_input, bool need_grad_weight,
-    bool need_grad_bias) {
+    double slope, bool need_grad_input, bool need_grad_bias) {
   TORCH_CHECK_VALUE(grad_output.dim() == 4, "depthwise: grad_output must be [N, C, H', W'], got ",
                     grad_output.sizes());
   const DepthwiseShape s = shape_of(grad_output.size(0), weight, input_size, stride, padding);
   check_map(grad_output, "grad_output", s, s.oh, s.ow);
   const PassedGradient gradient(grad_output, mask, z, norm, act, slope);
-  const Tensor w = weight.contiguous(), mean = per_channel(input_mean, "input_mean", s.channels);
-  TORCH_CHECK_VALUE(!input_mean || (input && need_grad_input),
-                    "depthwise: input_mean needs input and its gradient");
+  const Tensor w = weight.contiguous();
   DepthwiseBackward work{};
   work.shape = s;
   work.grad = gradient.op;
   work.norm = gradient.norm();
   work.weight = data(w);
-  work.input_mean = data(mean);
   Tensor grad_input = nothing(gradient.grad);
   if (need_grad_input) {
     grad_input = empty_map(gradient.grad, s.channels, s.height, s.width);
     work.grad_input = grad_input.mutable_data_ptr<float>();
   }
-  std::optional<FrontedInput> source;
+  Tensor source;
   if (input) {
-    source.emplace(*input, input_norm, input_act, input_slope);
-    check_map(source->x, "input", s, s.height, s.width);
-    work.input = source->op;
-    work.need_weight = need_grad_weight;
+    check_map(*input, "input", s, s.height, s.width);
+    source = as_rows(*input, "input");
+    work.input = data(source);
+    work.need_weight = true;
   }
-  const DepthwiseSums sums = run_depthwise_backward(work);
-  return {grad_input, work.need_weight ? weight_gradient(sums.weight, weight) : nothing(w),
-          need_grad_bias ? gradient.sum() : nothing(w), sums.input};
+  const Tensor sums = run_depthwise_backward(work);
+  return {grad_input, input ? weight_gradient(sums, weight) : nothing(w),
+          need_grad_bias ? gradient.sum() : nothing(w)};
 }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) {

@@ -94,8 +94,8 @@ struct Blocks {
 // Reads the input's rows into their ring up to the one before `end`.
 class InputRows {
  public:
-  InputRows(const DepthwiseShape& shape, const Activated& op, const Ring& ring)
-      : s_(shape), op_(op), ring_(ring) {}
+  InputRows(const DepthwiseShape& shape, const float* map, const Ring& ring)
+      : s_(shape), map_(map), ring_(ring) {}
 
   void begin(int64_t image, int64_t output_row) {
     image_ = image;
@@ -106,9 +106,7 @@ class InputRows {
   DepthwiseRows under(int64_t output_row) {
     const int64_t top = output_row * s_.stride - s_.padding_y;
     for (const int64_t end = std::min(s_.height, top + s_.kernel); next_ < end; ++next_) {
-      const int64_t first = (image_ * s_.height + next_) * s_.width;
-      WUS_DISPATCH(activation_kernels)
-          .forward(op_, first, first + s_.width, ring_.inside(next_), nullptr);
+      read(next_);
     }
     DepthwiseRows rows{};
     rows.pixel = ring_.pixel();
@@ -120,8 +118,18 @@ class InputRows {
   }
 
  private:
+  void read(int64_t row) const {
+    const float* from = map_ + (image_ * s_.height + row) * s_.width * s_.channels;
+    const RowsOut to = ring_.inside(row);
+    const bool dense = to.stride == s_.channels;
+    const int64_t pieces = dense ? 1 : s_.width, floats = s_.channels * (dense ? s_.width : 1);
+    for (int64_t i = 0; i < pieces; ++i) {
+      std::copy_n(from + i * floats, floats, to.data + i * to.stride);
+    }
+  }
+
   const DepthwiseShape& s_;
-  const Activated& op_;
+  const float* map_;
   const Ring& ring_;
   int64_t image_ = 0, next_ = 0;
 };
@@ -199,8 +207,7 @@ class WeightSums {
 };
 
 void backward_range(const DepthwiseBackward& work, const Blocks& blocks, int64_t range,
-                    const DepthwiseTaps& taps, Ring input_ring, Ring ring, double* total,
-                    double* input_sums) {
+                    const DepthwiseTaps& taps, Ring input_ring, Ring ring, double* total) {
   const DepthwiseShape& s = work.shape;
   const auto& kernels = kernels_for(s);
   const int64_t weights = s.kernel * s.kernel;
@@ -213,8 +220,6 @@ void backward_range(const DepthwiseBackward& work, const Blocks& blocks, int64_t
     input_ring.place(memory + ring.floats());
     sums.emplace(memory + ring.floats() + input_floats, weights, s.channels, ring.pixel(), total);
   }
-  const ActivationGrad front = {work.grad_input,  nullptr,    work.input.x,   work.input.scale,
-                                work.input.shift, s.channels, work.input.act, work.input.slope};
   const int64_t reach = (s.kernel - 1) / s.stride;
   const auto read = [&](int64_t image, int64_t row) {
     const int64_t first = (image * s.oh + row) * s.ow;
@@ -250,10 +255,6 @@ void backward_range(const DepthwiseBackward& work, const Blocks& blocks, int64_t
         const int64_t pixel = (image * s.height + row) * s.width;
         kernels.dgrad(rows, taps, static_cast<int>(phase), s.padding_x, s.channels, s.width,
                       work.grad_input + pixel * s.channels);
-        if (input_sums) {
-          WUS_DISPATCH(activation_kernels)
-              .grad_sums(front, work.input_mean, pixel, pixel + s.width, input_sums, nullptr);
-        }
       }
     }
   });
@@ -266,7 +267,7 @@ void run_depthwise(const DepthwiseForward& work) { run_forward(work, false); }
 
 at::Tensor run_depthwise_sums(const DepthwiseForward& work) { return run_forward(work, true); }
 
-DepthwiseSums run_depthwise_backward(const DepthwiseBackward& work) {
+at::Tensor run_depthwise_backward(const DepthwiseBackward& work) {
   const DepthwiseShape& s = work.shape;
   const int64_t weights = s.kernel * s.kernel;
   const Ring ring = gradient_ring(s), rows = input_ring(s);
@@ -274,15 +275,14 @@ DepthwiseSums run_depthwise_backward(const DepthwiseBackward& work) {
   const DepthwiseTaps taps = {weight.data(), ring.pixel()};
   const Blocks blocks(s.images, rows_of_image(s), work.need_weight ? 32 : 64);
   RangeSums totals(work.need_weight ? blocks.ranges : 0, weights * s.channels);
-  RangeSums sums(work.input_mean ? blocks.ranges : 0, 2 * s.channels);
   if (work.grad_input || work.need_weight) {
     at::parallel_for(0, blocks.ranges, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        backward_range(work, blocks, i, taps, rows, ring, totals.of(i), sums.of(i));
+        backward_range(work, blocks, i, taps, rows, ring, totals.of(i));
       }
     });
   }
-  return {totals.total(), sums.total()};
+  return totals.total();
 }
 
 }  // namespace wus::cpu

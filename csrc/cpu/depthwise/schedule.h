@@ -1,6 +1,6 @@
-// A depthwise convolution's rows: in through what stands in front of it, into rings of rows that a
-// cache holds, and out through what follows. Blocks of rows go to threads; what is summed over rows
-// is summed within ranges that depend on the shape alone, and these are added in order.
+// A depthwise convolution's rows: into rings of rows that a cache holds, and out through what
+// follows. Blocks of rows go to threads; what is summed over rows is summed within ranges that
+// depend on the shape alone, and these are added in order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +20,7 @@ struct DepthwiseShape {
 
 struct DepthwiseForward {
   DepthwiseShape shape;
-  Activated input;      // x, and what is applied to it
+  const float* input;
   const float* weight;  // [channels][kernel * kernel]
   const float* bias;    // or null
   float* output;
@@ -36,19 +36,12 @@ struct DepthwiseBackward {
   ActivationGrad grad;
   const NormCoefficients* norm;  // or null
   const float* weight;
-  float* grad_input;  // or null
-  Activated input;    // for the weight's gradient, and for the sums below
+  float* grad_input;   // or null
+  const float* input;  // for the weight's gradient
   bool need_weight;
-  const float* input_mean;  // or null: no sums
 };
 
-// Float64, [0] where not wanted: the weight's gradient [kernel * kernel * channels]; with g the
-// gradient that passes what stands in front of the input x, the sums of g and of g * (x - mean)
-// [2 * channels].
-struct DepthwiseSums {
-  at::Tensor weight, input;
-};
-
-DepthwiseSums run_depthwise_backward(const DepthwiseBackward& work);
+// Returns the weight's gradient, float64 [kernel * kernel * channels], or [0] if not wanted.
+at::Tensor run_depthwise_backward(const DepthwiseBackward& work);
 
 }  // namespace wus::cpu

@@ -66,21 +66,19 @@ void check_packed(const Tensor& packed, int64_t inputs, int64_t outputs) {
 }
 
 struct Forward {
-  FrontedInput input;
-  Tensor packed, bias, output;
+  Tensor input, packed, bias, output;
   PointwiseForward work{};
 
-  Forward(const Tensor& x, const Tensor& packed, const OptionalTensor& b, int64_t outputs,
-          const OptionalTensor& input_norm, int64_t input_act, double input_slope)
-      : input(x, input_norm, input_act, input_slope), packed(packed) {
+  Forward(const Tensor& x, const Tensor& packed, const OptionalTensor& b, int64_t outputs)
+      : input(as_rows(x, "input")), packed(packed) {
     check_map(x, "input");
     check_packed(packed, x.size(1), outputs);
     bias = per_channel(b, "bias", outputs);
-    output = empty_map(input.x, outputs, x.size(2), x.size(3));
-    work.rows = wus::Rows(input.x).rows;
+    output = empty_map(input, outputs, x.size(2), x.size(3));
+    work.rows = wus::Rows(input).rows;
     work.inputs = x.size(1);
     work.outputs = outputs;
-    work.input = input.op;
+    work.input = data(input);
     work.packed = data(packed);
     work.bias = data(bias);
     work.output = output.mutable_data_ptr<float>();
@@ -89,42 +87,36 @@ struct Forward {
 
 std::tuple<Tensor, Tensor> pointwise_forward(const Tensor& input, const Tensor& packed,
                                              const OptionalTensor& bias, int64_t out_channels,
-                                             int64_t act, double slope, bool save,
-                                             const OptionalTensor& input_norm, int64_t input_act,
-                                             double input_slope) {
+                                             int64_t act, double slope) {
   check_act(act);
-  Forward forward(input, packed, bias, out_channels, input_norm, input_act, input_slope);
-  const Tensor saved = forward.work.following.set(forward.output, act, slope, save);
+  Forward forward(input, packed, bias, out_channels);
+  const Tensor saved = forward.work.following.set(forward.output, act, slope);
   run_pointwise(forward.work, false);
   return {forward.output, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor> pointwise_forward_stats(
-    const Tensor& input, const Tensor& packed, const OptionalTensor& bias, int64_t out_channels,
-    const OptionalTensor& input_norm, int64_t input_act, double input_slope) {
-  const Forward forward(input, packed, bias, out_channels, input_norm, input_act, input_slope);
+std::tuple<Tensor, Tensor, Tensor> pointwise_forward_stats(const Tensor& input,
+                                                           const Tensor& packed,
+                                                           const OptionalTensor& bias,
+                                                           int64_t out_channels) {
+  const Forward forward(input, packed, bias, out_channels);
   const auto [mean, var] = statistics(run_pointwise(forward.work, true), forward.work.rows);
   return {forward.output, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_backward(
+std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
     const Tensor& grad_output, const OptionalTensor& packed, const OptionalTensor& input,
     int64_t in_channels, const OptionalTensor& mask, const OptionalTensor& z,
-    const OptionalTensor& norm, int64_t act, double slope, const OptionalTensor& input_norm,
-    int64_t input_act, double input_slope, const OptionalTensor& input_mean, bool need_grad_weight,
-    bool need_grad_bias, bool channels_last) {
+    const OptionalTensor& norm, int64_t act, double slope, bool need_grad_bias,
+    bool channels_last) {
   check_map(grad_output, "grad_output");
   const PassedGradient gradient(grad_output, mask, z, norm, act, slope);
-  const Tensor mean = per_channel(input_mean, "input_mean", in_channels);
-  TORCH_CHECK_VALUE(!input_mean || (input && packed),
-                    "pointwise: input_mean needs input and its gradient");
   PointwiseBackward work{};
   work.rows = gradient.rows;
   work.inputs = in_channels;
   work.outputs = grad_output.size(1);
   work.grad = gradient.op;
   work.norm = gradient.norm();
-  work.input_mean = data(mean);
   Tensor grad_input = nothing(gradient.grad), grad_weight = nothing(gradient.grad);
   if (packed) {
     check_packed(*packed, work.outputs, in_channels);
@@ -132,26 +124,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_backward(
     work.packed = data(*packed);
     work.grad_input = grad_input.mutable_data_ptr<float>();
   }
-  std::optional<FrontedInput> source;
+  Tensor source;
   if (input) {
-    source.emplace(*input, input_norm, input_act, input_slope);
-    check_map(source->x, "input");
     const int64_t sizes[] = {grad_output.size(0), in_channels, grad_output.size(2),
                              grad_output.size(3)};
-    TORCH_CHECK_VALUE(source->x.sizes() == sizes, "pointwise: input must have shape ",
-                      at::IntArrayRef(sizes), ", got ", source->x.sizes());
-    work.input = source->op;
-  }
-  if (input && need_grad_weight) {
+    TORCH_CHECK_VALUE(input->sizes() == sizes, "pointwise: input must have shape ",
+                      at::IntArrayRef(sizes), ", got ", input->sizes());
+    source = as_rows(*input, "input");
+    work.input = data(source);
     const auto format =
         channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     grad_weight =
         at::empty({work.outputs, in_channels, 1, 1}, gradient.grad.options().memory_format(format));
     work.grad_weight = grad_weight.mutable_data_ptr<float>();
   }
-  const bool run = work.grad_input || work.grad_weight;
-  const Tensor sums = run ? run_pointwise_backward(work) : nothing(grad_input, at::kDouble);
-  return {grad_input, grad_weight, need_grad_bias ? gradient.sum() : nothing(grad_input), sums};
+  if (work.grad_input || work.grad_weight) run_pointwise_backward(work);
+  return {grad_input, grad_weight, need_grad_bias ? gradient.sum() : nothing(grad_input)};
 }
 
 // What a packed weight will take, before any is made: pointwise_pack of a meta tensor.

@@ -28,8 +28,6 @@ struct Blocks {
   int64_t first(int64_t block) const { return std::min(all, block * rows); }
   // Of a range's first block.
   int64_t start(int64_t range) const { return count * range / ranges; }
-  // The range that a block belongs to.
-  int64_t range(int64_t block) const { return ((block + 1) * ranges - 1) / count; }
 };
 
 // Rows of a matrix in memory: where they are, and how far apart.
@@ -41,12 +39,10 @@ struct Rows {
 // Neighbouring rows of one multiple of 1 KiB would share few cache sets.
 bool spread(int64_t channels) { return channels % 256 != 0; }
 
-// Where a map's rows from `first` on are to be read: where they lie, or, if something stands in
-// front, in `memory`.
-Rows where_rows(const Activated& op, int64_t first, const float* memory) {
-  const bool plain = op.act == kNone && !op.scale && spread(op.channels);
-  if (plain) return {op.x + first * op.channels, op.channels};
-  return {memory, padded_row(op.channels)};
+// Where a map's rows from `first` on are to be read: where they lie, or in `memory`.
+Rows where_rows(const float* map, int64_t channels, int64_t first, const float* memory) {
+  if (spread(channels)) return {map + first * channels, channels};
+  return {memory, padded_row(channels)};
 }
 
 Rows where_rows(const ActivationGrad& op, const NormCoefficients* norm, int64_t first,
@@ -57,10 +53,12 @@ Rows where_rows(const ActivationGrad& op, const NormCoefficients* norm, int64_t 
 }
 
 // Has rows [first, last) there.
-Rows input_rows(const Activated& op, int64_t first, int64_t last, float* memory) {
-  const Rows rows = where_rows(op, first, memory);
+Rows input_rows(const float* map, int64_t channels, int64_t first, int64_t last, float* memory) {
+  const Rows rows = where_rows(map, channels, first, memory);
   if (rows.data == memory) {
-    WUS_DISPATCH(activation_kernels).forward(op, first, last, {memory, rows.stride}, nullptr);
+    for (int64_t i = first; i < last; ++i) {
+      std::copy_n(map + i * channels, channels, memory + (i - first) * rows.stride);
+    }
   }
   return rows;
 }
@@ -95,8 +93,8 @@ void forward_block(const PointwiseForward& work, int64_t first, int64_t last, fl
   if (work.bias) {
     for (int64_t i = 0; i < rows; ++i) std::copy_n(work.bias, outputs, product + i * outputs);
   }
-  multiply(input_rows(work.input, first, last, memory), work.packed, product, rows, work.inputs,
-           outputs, work.bias != nullptr);
+  multiply(input_rows(work.input, work.inputs, first, last, memory), work.packed, product, rows,
+           work.inputs, outputs, work.bias != nullptr);
   if (sums) WUS_DISPATCH(batch_norm_kernels).moments(product, rows, outputs, sums);
   if (work.following.act == kNone) return;
   const Activated op = {
@@ -108,16 +106,9 @@ void forward_block(const PointwiseForward& work, int64_t first, int64_t last, fl
 
 // The gradient of the input's rows [first, last), from those of the output in front of all that
 // follows.
-void dgrad_block(const PointwiseBackward& work, const Rows& grad, int64_t first, int64_t last,
-                 double* sums) {
-  const int64_t inputs = work.inputs;
-  multiply(grad, work.packed, work.grad_input + first * inputs, last - first, work.outputs, inputs,
-           false);
-  if (!sums) return;
-  const Activated& in = work.input;
-  const ActivationGrad op = {work.grad_input, nullptr, in.x,   in.scale,
-                             in.shift,        inputs,  in.act, in.slope};
-  WUS_DISPATCH(activation_kernels).grad_sums(op, work.input_mean, first, last, sums, nullptr);
+void dgrad_block(const PointwiseBackward& work, const Rows& grad, int64_t first, int64_t last) {
+  multiply(grad, work.packed, work.grad_input + first * work.inputs, last - first, work.outputs,
+           work.inputs, false);
 }
 
 // [ranges][outputs][inputs] added in order.
@@ -134,14 +125,13 @@ void add_ranges(const float* sums, int64_t ranges, int64_t outputs, int64_t inpu
 }
 
 // A small weight's gradient: each range sums its own while its rows are in a cache.
-at::Tensor run_by_ranges(const PointwiseBackward& work) {
+void run_by_ranges(const PointwiseBackward& work) {
   Blocks blocks(work.rows);
   const int64_t all = work.grad_weight ? work.outputs * work.inputs : 0;
   constexpr int64_t kMostFloats = int64_t{1} << 20, kFewestRanges = 16;
   if (all > 0) {
     blocks.ranges = std::min(blocks.ranges, std::max<int64_t>(kFewestRanges, kMostFloats / all));
   }
-  const RangeSums sums(work.input_mean ? blocks.ranges : 0, 2 * work.inputs);
   const int64_t grad_floats = blocks.rows * padded_row(work.outputs);
   const int64_t own = grad_floats + blocks.rows * padded_row(work.inputs);
   float* memory = scratch(at::get_num_threads() * own + blocks.ranges * all);
@@ -153,9 +143,9 @@ at::Tensor run_by_ranges(const PointwiseBackward& work) {
       for (int64_t block = blocks.start(i); block < blocks.start(i + 1); ++block) {
         const int64_t first = blocks.first(block), last = blocks.first(block + 1);
         const Rows grad = gradient_rows(work.grad, work.norm, first, last, mine);
-        if (work.grad_input) dgrad_block(work, grad, first, last, sums.of(i));
+        if (work.grad_input) dgrad_block(work, grad, first, last);
         if (!work.grad_weight) continue;
-        const Rows input = input_rows(work.input, first, last, mine + grad_floats);
+        const Rows input = input_rows(work.input, work.inputs, first, last, mine + grad_floats);
         WUS_DISPATCH(gemm_kernels)
             .run_outer(grad.data, grad.stride, input.data, input.stride, weights + i * all,
                        work.inputs, work.outputs, work.inputs, last - first, true);
@@ -165,15 +155,12 @@ at::Tensor run_by_ranges(const PointwiseBackward& work) {
   if (work.grad_weight) {
     add_ranges(weights, blocks.ranges, work.outputs, work.inputs, work.grad_weight);
   }
-  return sums.total();
 }
 
 // A large one's: rounds of as many rows as a cache holds, of which threads sum tiles of the weight.
-at::Tensor run_by_rounds(const PointwiseBackward& work) {
+void run_by_rounds(const PointwiseBackward& work) {
   constexpr int64_t kCacheFloats = int64_t{1} << 20, kTileRows = 56, kTileColumns = 64;
-  Blocks blocks(work.rows);
-  if (!work.input_mean) blocks.ranges = blocks.count;  // nothing is summed by range
-  const RangeSums sums(work.input_mean ? blocks.ranges : 0, 2 * work.inputs);
+  const Blocks blocks(work.rows);
   const int64_t grad_row = padded_row(work.outputs), input_row = padded_row(work.inputs);
   const int64_t step = std::max<int64_t>(1, kCacheFloats / ((grad_row + input_row) * blocks.rows));
   float* grads = scratch(step * blocks.rows * (grad_row + input_row));
@@ -182,21 +169,17 @@ at::Tensor run_by_rounds(const PointwiseBackward& work) {
   const int64_t tile_columns = divide_up(work.inputs, kTileColumns);
   for (int64_t start = 0; start < blocks.count; start += step) {
     const int64_t stop = std::min(blocks.count, start + step), base = blocks.first(start);
-    at::parallel_for(
-        blocks.range(start), blocks.range(stop - 1) + 1, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t until = std::min(stop, blocks.start(i + 1));
-            for (int64_t block = std::max(start, blocks.start(i)); block < until; ++block) {
-              const int64_t first = blocks.first(block), last = blocks.first(block + 1);
-              const Rows grad = gradient_rows(work.grad, work.norm, first, last,
-                                              grads + (first - base) * grad_row);
-              if (work.grad_input) dgrad_block(work, grad, first, last, sums.of(i));
-              input_rows(work.input, first, last, inputs + (first - base) * input_row);
-            }
-          }
-        });
+    at::parallel_for(start, stop, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = blocks.first(block), last = blocks.first(block + 1);
+        const Rows grad =
+            gradient_rows(work.grad, work.norm, first, last, grads + (first - base) * grad_row);
+        if (work.grad_input) dgrad_block(work, grad, first, last);
+        input_rows(work.input, work.inputs, first, last, inputs + (first - base) * input_row);
+      }
+    });
     const Rows grad = where_rows(work.grad, work.norm, base, grads);
-    const Rows input = where_rows(work.input, base, inputs);
+    const Rows input = where_rows(work.input, work.inputs, base, inputs);
     at::parallel_for(0, tile_rows * tile_columns, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i / tile_columns * kTileRows, column = i % tile_columns * kTileColumns;
@@ -209,7 +192,6 @@ at::Tensor run_by_rounds(const PointwiseBackward& work) {
       }
     });
   }
-  return sums.total();
 }
 
 }  // namespace
@@ -256,10 +238,10 @@ at::Tensor run_pointwise(const PointwiseForward& work, bool want_sums) {
   return sums.total();
 }
 
-at::Tensor run_pointwise_backward(const PointwiseBackward& work) {
+void run_pointwise_backward(const PointwiseBackward& work) {
   constexpr int64_t kSmallWeight = int64_t{1} << 16;
   const bool small = !work.grad_weight || work.outputs * work.inputs <= kSmallWeight;
-  return small || work.rows == 0 ? run_by_ranges(work) : run_by_rounds(work);
+  small || work.rows == 0 ? run_by_ranges(work) : run_by_rounds(work);
 }
 
 }  // namespace wus::cpu

@@ -1,7 +1,6 @@
-// 1x1 convolution with unit stride: products of rows of pixels and a weight packed beforehand, in
-// through what stands in front and out through what follows, block by block in a cache. What is
-// summed over rows is summed within ranges that depend on the shape alone, and these are added in
-// order.
+// 1x1 convolution with unit stride: products of rows of pixels and a weight packed beforehand, out
+// through what follows, block by block in a cache. What is summed over rows is summed within ranges
+// that depend on the shape alone, and these are added in order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,7 +18,7 @@ void pack_pointwise(const float* weight, int64_t output_stride, int64_t input_st
 
 struct PointwiseForward {
   int64_t rows, inputs, outputs;
-  Activated input;      // x, and what is applied to it
+  const float* input;
   const float* packed;  // of inputs and outputs
   const float* bias;    // or null
   float* output;
@@ -35,13 +34,10 @@ struct PointwiseBackward {
   const NormCoefficients* norm;  // or null
   const float* packed;           // the transposed weight's, for grad_input
   float* grad_input;             // or null
-  Activated input;               // for the weight's gradient, and for the sums below
+  const float* input;            // for the weight's gradient
   float* grad_weight;            // [outputs][inputs], or null
-  const float* input_mean;       // or null: no sums
 };
 
-// Returns, if input_mean is given, with g the gradient that passes what stands in front of the
-// input x: the sums of g and of g * (x - mean), float64 [2 * inputs]; else [0].
-at::Tensor run_pointwise_backward(const PointwiseBackward& work);
+void run_pointwise_backward(const PointwiseBackward& work);
 
 }  // namespace wus::cpu

@@ -17,17 +17,14 @@ constexpr int kWinogradSchemes = 3;
 
 // What a pixel of the transformed map is, computed as it is loaded.
 enum class WinogradSource {
-  plain,        // x
-  bits,         // x where the mask bit is set
-  codes,        // x[y / 2, x / 2] where its pool code names this pixel
-  bn,           // a * x + b * z + c
-  bn_bits,      // a * (x where the bit is set) + b * z + c
-  bn_sign,      // a * (x where not scale * z + shift <= 0) + b * z + c
-  bn_codes,     // a * (x[y / 2, x / 2] where its code names this pixel) + b * z + c
-  affine,       // scale * x + shift
-  affine_relu,  // relu(scale * x + shift)
+  plain,     // x
+  bits,      // x where the mask bit is set
+  codes,     // x[y / 2, x / 2] where its pool code names this pixel
+  bn,        // a * x + b * z + c
+  bn_bits,   // a * (x where the bit is set) + b * z + c
+  bn_codes,  // a * (x[y / 2, x / 2] where its code names this pixel) + b * z + c
 };
-constexpr int kWinogradSources = 9;
+constexpr int kWinogradSources = 6;
 
 enum class WinogradEpilogue {
   none,
@@ -42,7 +39,7 @@ struct WinogradInput {
   const float* x;
   const uint8_t* mask;  // bits [pixel][ceil(channels / 8)] or codes [pooled pixel][channels]
   const float* z;
-  const float *a, *b, *c, *scale, *shift;  // [channels]
+  const float *a, *b, *c;  // [channels]
   int64_t height, width, channels;
   int64_t padding;
   int64_t tile_rows, tile_cols;  // tiles of one image
@@ -96,8 +93,7 @@ struct WinogradKernels {
   // packed[frequency * plane + input * panel + column].
   void (*weight[kWinogradSchemes])(const WinogradWeight&, int64_t columns, int64_t first,
                                    int64_t last, float* packed, int64_t plane);
-  // As `input`, for the tiles of a gradient that a weight gradient is made from; no sums, and not
-  // from the affine sources.
+  // As `input`, for the tiles of a gradient that a weight gradient is made from; no sums.
   void (*grad[kWinogradSchemes][kWinogradSources])(const WinogradInput&, int64_t first,
                                                    int64_t last, const WinogradTiles& v,
                                                    float* sums);

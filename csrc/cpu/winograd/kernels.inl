@@ -339,14 +339,10 @@ static bool weight_gradient(const float* blocks, const WinogradGradient& w, int6
   return to_bits(wild) == 0;
 }
 
-#define WUS_GRADS(scheme)                                                                         \
-  input_tiles<scheme, WinogradSource::plain>, input_tiles<scheme, WinogradSource::bits>,          \
-      input_tiles<scheme, WinogradSource::codes>, input_tiles<scheme, WinogradSource::bn>,        \
-      input_tiles<scheme, WinogradSource::bn_bits>, input_tiles<scheme, WinogradSource::bn_sign>, \
-      input_tiles<scheme, WinogradSource::bn_codes>
-#define WUS_INPUTS(scheme)                                         \
-  {WUS_GRADS(scheme), input_tiles<scheme, WinogradSource::affine>, \
-   input_tiles<scheme, WinogradSource::affine_relu>}
+#define WUS_INPUTS(scheme)                                                                  \
+  {input_tiles<scheme, WinogradSource::plain>,   input_tiles<scheme, WinogradSource::bits>, \
+   input_tiles<scheme, WinogradSource::codes>,   input_tiles<scheme, WinogradSource::bn>,   \
+   input_tiles<scheme, WinogradSource::bn_bits>, input_tiles<scheme, WinogradSource::bn_codes>}
 #define WUS_OUTPUTS(scheme)                                                                    \
   {output_tiles<scheme, WinogradEpilogue::none>, output_tiles<scheme, WinogradEpilogue::relu>, \
    output_tiles<scheme, WinogradEpilogue::pool>, output_tiles<scheme, WinogradEpilogue::stats>}
@@ -356,11 +352,10 @@ extern const WinogradKernels winograd_kernels = {
     WUS_INPUTS(Pixelwise),
     {WUS_OUTPUTS(Z2), WUS_OUTPUTS(F2), WUS_OUTPUTS(F4)},
     {transform_weight<Z2>, transform_weight<F2>, transform_weight<F4>},
-    {{WUS_GRADS(Z2Grad)}, {WUS_GRADS(F2Grad)}, {WUS_GRADS(F4Grad)}},
+    {WUS_INPUTS(Z2Grad), WUS_INPUTS(F2Grad), WUS_INPUTS(F4Grad)},
     {weight_gradient<Z2>, weight_gradient<F2>, weight_gradient<F4>},
 };
 
-#undef WUS_GRADS
 #undef WUS_INPUTS
 #undef WUS_OUTPUTS
 

@@ -26,9 +26,8 @@ struct Pixel {
 template <WinogradSource kSource>
 constexpr bool kIsPooled = kSource == WinogradSource::codes || kSource == WinogradSource::bn_codes;
 template <WinogradSource kSource>
-constexpr bool kIsBatchNorm =
-    kSource == WinogradSource::bn || kSource == WinogradSource::bn_bits ||
-    kSource == WinogradSource::bn_sign || kSource == WinogradSource::bn_codes;
+constexpr bool kIsBatchNorm = kSource == WinogradSource::bn || kSource == WinogradSource::bn_bits ||
+                              kSource == WinogradSource::bn_codes;
 
 template <class Scheme, WinogradSource kSource>
 WUS_INLINE void find_pixels(const WinogradInput& in, int64_t image, int64_t top, int64_t left,
@@ -56,7 +55,7 @@ WUS_INLINE void find_pixels(const WinogradInput& in, int64_t image, int64_t top,
 }
 
 struct ChannelVectors {
-  Vec a, b, c, scale, shift;
+  Vec a, b, c;
 };
 
 template <WinogradSource kSource, bool kFull>
@@ -66,11 +65,6 @@ WUS_INLINE ChannelVectors load_vectors(const WinogradInput& in, int64_t channel,
     v.a = load_block<kFull>(in.a + channel, n);
     v.b = load_block<kFull>(in.b + channel, n);
     v.c = load_block<kFull>(in.c + channel, n);
-  }
-  if constexpr (kSource == WinogradSource::bn_sign || kSource == WinogradSource::affine ||
-                kSource == WinogradSource::affine_relu) {
-    v.scale = load_block<kFull>(in.scale + channel, n);
-    v.shift = load_block<kFull>(in.shift + channel, n);
   }
   return v;
 }
@@ -89,15 +83,7 @@ WUS_INLINE Vec load_pixel(const WinogradInput& in, const Pixel& pixel, const Cha
     const IVec codes = kFull ? load_bytes(p) : load_bytes_first(p, n);
     x = select(codes == pixel.code, x, zero());
   }
-  if constexpr (kSource == WinogradSource::bn_sign) {
-    x = select(relu_mask(k.scale * z + k.shift), x, zero());
-  }
   if constexpr (kIsBatchNorm<kSource>) x = k.a * x + (k.b * z + k.c);
-  if constexpr (kSource == WinogradSource::affine) x = k.scale * x + k.shift;
-  if constexpr (kSource == WinogradSource::affine_relu) {
-    x = k.scale * x + k.shift;
-    x = select(relu_mask(x), x, zero());
-  }
   return (Vec)((IVec)x & pixel.inside);
 }
 

@@ -85,12 +85,12 @@ struct Gradient {
 Gradient::Gradient(const Tensor& grad_output, const OptionalTensor& mask, int64_t images,
                    at::IntArrayRef input_size, int64_t padding, int64_t prologue,
                    const OptionalTensor& z, const OptionalTensor& batch_norm) {
-  TORCH_CHECK_VALUE(prologue >= 0 && prologue < 8, "winograd: prologue must be 0 to 7, got ",
+  TORCH_CHECK_VALUE(prologue >= 0 && prologue < 7, "winograd: prologue must be 0 to 6, got ",
                     prologue);
   constexpr WinogradSource kSources[] = {WinogradSource::plain,   WinogradSource::plain,
                                          WinogradSource::bits,    WinogradSource::codes,
                                          WinogradSource::bn,      WinogradSource::bn_bits,
-                                         WinogradSource::bn_sign, WinogradSource::bn_codes};
+                                         WinogradSource::bn_codes};
   source = kSources[prologue];
   const bool pooled = source == WinogradSource::codes || source == WinogradSource::bn_codes;
   const bool bits = source == WinogradSource::bits || source == WinogradSource::bn_bits;
@@ -106,8 +106,7 @@ Gradient::Gradient(const Tensor& grad_output, const OptionalTensor& mask, int64_
   if (bits) check_sizes(mask, "mask", at::kByte, {images, height, width, divide_up(channels, 8)});
   if (normalized) {
     check_sizes(z, "z", at::kFloat, {images, channels, height, width});
-    const int64_t rows = source == WinogradSource::bn_sign ? 5 : 3;
-    check_sizes(batch_norm, "batch_norm", at::kFloat, {rows, channels});
+    check_sizes(batch_norm, "batch_norm", at::kFloat, {3, channels});
   }
 
   map = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
@@ -123,8 +122,6 @@ Gradient::Gradient(const Tensor& grad_output, const OptionalTensor& mask, int64_
     in.a = vectors_.const_data_ptr<float>();
     in.b = in.a + channels;
     in.c = in.b + channels;
-    in.scale = in.c + channels;
-    in.shift = in.scale + channels;
   }
   in.height = height;
   in.width = width;
@@ -178,8 +175,7 @@ Tensor winograd_pack(const Tensor& weight, bool dgrad, int64_t scheme) {
 
 std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& packed,
                                             const OptionalTensor& bias, int64_t out_channels,
-                                            int64_t padding, int64_t scheme, int64_t epilogue,
-                                            const OptionalTensor& affine, bool affine_relu) {
+                                            int64_t padding, int64_t scheme, int64_t epilogue) {
   check_map(input, "input");
   const SchemeInfo info = scheme_info(scheme);
   const int64_t images = input.size(0), channels = input.size(1);
@@ -188,7 +184,6 @@ std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& p
   TORCH_CHECK_VALUE(epilogue >= 0 && epilogue < kWinogradEpilogues,
                     "winograd: epilogue must be 0 to 3, got ", epilogue);
   if (bias) check_sizes(bias, "bias", at::kFloat, {out_channels});
-  if (affine) check_sizes(affine, "affine", at::kFloat, {2, channels});
   const int64_t height = input.size(2) + 2 * padding - 2, width = input.size(3) + 2 * padding - 2;
   const auto kind = static_cast<WinogradEpilogue>(epilogue);
   const bool pool = kind == WinogradEpilogue::pool;
@@ -197,7 +192,6 @@ std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& p
 
   const Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
-  const Tensor rows = affine ? affine->contiguous() : Tensor();
   Tensor y = pool ? empty_map(x, out_channels, height / 2, width / 2)
                   : empty_map(x, out_channels, height, width);
   const auto bytes = x.options().dtype(at::kByte);
@@ -209,16 +203,10 @@ std::tuple<Tensor, Tensor> winograd_forward(const Tensor& input, const Tensor& p
 
   Convolution conv{};
   conv.scheme = info;
-  conv.source = !affine       ? WinogradSource::plain
-                : affine_relu ? WinogradSource::affine_relu
-                              : WinogradSource::affine;
+  conv.source = WinogradSource::plain;
   conv.epilogue = kind;
   conv.packed = packed.const_data_ptr<float>();
   conv.in.x = x.const_data_ptr<float>();
-  if (affine) {
-    conv.in.scale = rows.const_data_ptr<float>();
-    conv.in.shift = conv.in.scale + channels;
-  }
   conv.in.height = x.size(2);
   conv.in.width = x.size(3);
   conv.in.channels = channels;

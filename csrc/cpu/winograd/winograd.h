@@ -14,10 +14,11 @@ at::Tensor winograd_pack(const at::Tensor& weight, bool dgrad, int64_t scheme);
 at::Tensor& winograd_pack_(at::Tensor& packed, const at::Tensor& weight, bool dgrad,
                            int64_t scheme);
 
-std::tuple<at::Tensor, at::Tensor> winograd_forward(
-    const at::Tensor& input, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-    int64_t out_channels, int64_t padding, int64_t scheme, int64_t epilogue,
-    const std::optional<at::Tensor>& affine, bool affine_relu);
+std::tuple<at::Tensor, at::Tensor> winograd_forward(const at::Tensor& input,
+                                                    const at::Tensor& packed,
+                                                    const std::optional<at::Tensor>& bias,
+                                                    int64_t out_channels, int64_t padding,
+                                                    int64_t scheme, int64_t epilogue);
 
 std::tuple<at::Tensor, at::Tensor> winograd_dgrad(const at::Tensor& grad_output,
                                                   const at::Tensor& packed,

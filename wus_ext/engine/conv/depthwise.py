@@ -58,4 +58,4 @@ class Depthwise(Rowwise):
             *act.function,
             need_grad_input=need_input,
             need_grad_bias=need_bias,
-        )[:3]
+        )

@@ -57,4 +57,4 @@ class Pointwise(Rowwise):
             *act.function,
             need_grad_bias=need_bias,
             channels_last=weight is not None and weight.is_contiguous(memory_format=layout),
-        )[:3]
+        )

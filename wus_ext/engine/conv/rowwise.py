@@ -65,8 +65,10 @@ class Rowwise(Algorithm):
             return self._plain(grad_z, need_input, None, trained)
         grad_residual = None
         if need_residual:
-            grad, _ = masked(grad, mask, act, self.geometry.output_size, True, False)
-            grad_residual, mask, act = grad, None, Act.NONE
+            passed, _ = masked(grad, mask, act, self.geometry.output_size, True, False)
+            assert passed is not None
+            grad_residual = grad = passed
+            mask, act = None, Act.NONE
         grads = self._gradients(grad, mask, z, norm.rows, act, need_input, False, trained)
         grad_input, _, grad_weight = _wanted(grads, need_input, False, trained)
         return grad_input, grad_residual, grad_weight

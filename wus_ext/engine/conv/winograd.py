@@ -23,7 +23,7 @@ EPILOGUES = {Act.NONE: 0, Act.RELU: 1, Act.RELU_POOL: 2}
 STATISTICS = 3
 PLAIN = 0
 PROLOGUES = {Act.NONE: 1, Act.RELU: 2, Act(Kind.RELU6): 2, Act.RELU_POOL: 3}
-NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act(Kind.RELU6): 5, Act.RELU_POOL: 7}
+NORM_PROLOGUES = {Act.NONE: 4, Act.RELU: 5, Act(Kind.RELU6): 5, Act.RELU_POOL: 6}
 
 
 class Winograd(Algorithm):
@@ -97,8 +97,10 @@ class Winograd(Algorithm):
         grad_residual = None
         if need_residual:
             size = self.geometry.output_size
-            grad, _ = masked(grad, mask, act, size, True, False)
-            grad_residual, mask, act = grad, None, Act.NONE
+            passed, _ = masked(grad, mask, act, size, True, False)
+            assert passed is not None
+            grad_residual = grad = passed
+            mask, act = None, Act.NONE
         elif act not in NORM_PROLOGUES:
             return super().backward_norm(grad, z, norm, mask, act, need_input, False, trained)
         elif mask is not None and act.pool is None:
