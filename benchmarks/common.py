@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import wus_ext
+from wus_ext.nn import is_bias
 from wus_ext.profiling.saved import saving
 
 NETWORKS = {
@@ -75,7 +76,7 @@ def batch(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 def freeze(model: torch.nn.Module) -> torch.nn.Module:
     """Stock PyTorch's way: everything but the biases stops requiring gradients."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith("bias"))
+        parameter.requires_grad_(is_bias(name))
     return model
 
 

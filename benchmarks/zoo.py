@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import wus_ext
-from benchmarks.common import machine, table
-from tests.integrations.zoo import TIMM, TORCHVISION, TRANSFORMERS, Case, call, freeze, saved_bytes
+from benchmarks.common import freeze, machine, table
+from tests.integrations.zoo import TIMM, TORCHVISION, TRANSFORMERS, Case, call, saved_bytes
 from wus_ext.conversion.modules import stock_class
 from wus_ext.nn import DropIn
 

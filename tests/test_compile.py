@@ -13,6 +13,7 @@ from torch import nn
 import wus_ext
 from tests.cases import assert_near
 from tests.conversion.test_skip import Net, images, with_gradient
+from wus_ext.profiling.saved import saving
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -183,17 +184,10 @@ def test_inductor_saves_less_in_a_skip_step():
 
 
 def saved_bytes(model: nn.Module, compiled: nn.Module) -> int:
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saving(model.parameters()) as saved:
         output = compiled(images().requires_grad_())
     assert output.requires_grad
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return sum(nbytes for address, nbytes in saved.items() if address not in parameters)
+    return saved()
 
 
 def operators(exported: torch.export.ExportedProgram) -> set[str]:

@@ -44,6 +44,16 @@ def values(shape: tuple[int, ...], special: bool = False) -> torch.Tensor:
     return dense(x)
 
 
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """Within `tolerance` of the largest expected value."""
+    assert actual.shape == expected.shape
+    if expected.dim() == 4 and expected.size(1) > 1:
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+    expected = expected.detach()
+    limit = tolerance * max(1.0, float(expected.abs().max())) if expected.numel() else 0
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=limit)
+
+
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """Rows x channels, as the kernels see a tensor."""
     x = x.permute(0, 2, 3, 1) if x.dim() == 4 else x

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import wus_ext
+from wus_ext.profiling.saved import saving
 
 
 def conv(*args, **kwargs):
@@ -225,15 +226,6 @@ def fused_chains(model, *args):
 
 
 def saved_bytes(model, x):
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saving([*model.parameters(), *model.buffers(), x]) as saved:
         output = model(x)
-    return sum(t.untyped_storage().nbytes() for t in saved.values()), output
+    return saved(), output

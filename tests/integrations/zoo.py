@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wus_ext.nn import is_bias
+from wus_ext.profiling.saved import saving
 
 Inputs = tuple | dict
 
@@ -77,20 +78,9 @@ def freeze(model: nn.Module) -> nn.Module:
 def saved_bytes(model: nn.Module, inputs: Inputs) -> int:
     """Bytes that autograd keeps for backward, without parameters, buffers and inputs."""
     given = inputs.values() if isinstance(inputs, dict) else inputs
-    kept = [*model.parameters(), *model.buffers(), *given]
-    known = {tensor.untyped_storage().data_ptr() for tensor in kept}
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = tensor  # holding it keeps the address from being reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = call(model, inputs)
-    del outputs
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    with saving([*model.parameters(), *model.buffers(), *given]) as saved:
+        call(model, inputs)
+    return saved()
 
 
 def images(size: int) -> Callable[[], tuple]:
