@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from .._torch import in_a_transform, is_traced
 from ..nn import SkipLayer, is_frozen
 from .activation import Act, Kind
 from .chains import Norm, resume, run_conv, run_linear
+from .conv.measure import Choices
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
@@ -65,8 +66,9 @@ class Engine:
     #: Without gradients a chain over fewer takes more time to begin than it saves.
     FEW_VALUES = 1 << 20
 
-    def __init__(self, options: SkipOptions) -> None:
+    def __init__(self, options: SkipOptions, choices: Mapping[str, str] | None = None) -> None:
         self.options = options
+        self.choices = Choices(choices or {})
         self.packed = PackedWeights(options.memory_budget)
         #: The chains of the first step that runs fused, for the log; then None.
         self.record: list[tuple[nn.Module, str]] | None = []
@@ -79,10 +81,10 @@ class Engine:
         self._drop_ins: WeakSet[nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict) -> Engine:
-        return Engine(self.options)
+        return Engine(self.options, self.choices.names)
 
     def __reduce__(self) -> tuple:
-        return (Engine, (self.options,))
+        return (Engine, (self.options, self.choices.names))
 
     def begin(self, inputs: tuple[Any, ...]) -> Any | None:
         """Lets layers defer in the forward pass that begins now, or None: all run by themselves.
