@@ -153,10 +153,9 @@ def run(model: nn.Module, image: Tensor, step: Step, frozen: bool = False) -> Re
     image = image.detach().requires_grad_(step.from_input)
     torch.manual_seed(SEED)
     with torch.set_grad_enabled(step.mode != "no gradients"):
-        given = image.view_as(image)
-        if given.requires_grad:
-            given.register_hook(handed_back.append)
-        output = model(given)
+        if image.requires_grad:
+            image.register_hook(handed_back.append)
+        output = model(image)
     if output.requires_grad:
         torch.manual_seed(SEED)
         output.backward(torch.randn(output.shape).to(output))
