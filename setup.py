@@ -47,10 +47,10 @@ CXX_FLAGS = [
 INSTRUMENTS = {
     "": ([], ["-fopenmp"]),
     "address": (
-        ["-O1", "-g"],
+        ["-O1", "-g1"],
         ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     ),
-    "thread": (["-O1", "-g", "-include", "cpu/visible_threads.h"], ["-fsanitize=thread"]),
+    "thread": (["-O1", "-g1", "-include", "cpu/visible_threads.h"], ["-fsanitize=thread"]),
     "coverage": (["-O1"], ["-fopenmp", "--coverage"]),
 }
 INSTRUMENT = os.environ.get("WUS_INSTRUMENT", "")

@@ -63,8 +63,10 @@ class Step:
         inputs: tuple[Tensor, ...],
         mode: str,
         layout: str = "channels_last",
+        algo: str = "auto",
     ) -> None:
         self.mode, self.layout, self.loss_of = mode.removesuffix(BF16), layout, work.loss
+        self.algo = algo
         self.bf16 = mode.endswith(BF16)
         self.inputs = tuple(in_layout(input, layout) for input in inputs)
         self.model = copy.deepcopy(stock).to(memory_format=LAYOUTS[layout])
@@ -85,11 +87,12 @@ class Step:
         if self.mode in ("frozen", "converted"):
             freeze(model)
         if self.mode == "converted":
-            wus_ext.convert(model)
+            wus_ext.convert(model, algo=self.algo)
         elif self.mode == "frozen input":
             model.get_submodule(passes_through or "").requires_grad_(False)
         elif self.mode in ("skip", "input", "fused"):
-            wus_ext.convert(model, full="fused" if self.mode == "fused" else "stock")
+            full = "fused" if self.mode == "fused" else "stock"
+            wus_ext.convert(model, full=full, algo=self.algo)
             if self.mode != "fused" or part:
                 inputs_only = self.mode != "skip"
                 wus_ext.set_skip(model, True, layers=part, skip_biases=inputs_only)
@@ -204,7 +207,7 @@ def measure(name: str, batch: int, size: int, args: argparse.Namespace) -> Recor
     layouts = list(LAYOUTS) if inputs[0].dim() == 4 else ["contiguous"]
 
     def make(kind: str, layout: str = "channels_last") -> Step:
-        return Step(work, stock, inputs, kind, layout)
+        return Step(work, stock, inputs, kind, layout, args.algo)
 
     chosen = kinds(work, inputs, args)
     check(make, chosen)
@@ -374,6 +377,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: the table's")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--bf16", action="store_true", help="all of it under autocast too")
+    parser.add_argument("--algo", choices=("auto", "measure"), default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="keep results in this file, beside what is there")
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from torch import nn
 
 import wus_ext
 from tests.cases import assert_near
-from tests.conversion.test_skip import Net, images, with_gradient
+from tests.conversion.skipping import Net, images, with_gradient
 from wus_ext.profiling.saved import saving
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

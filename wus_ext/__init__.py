@@ -14,7 +14,7 @@ Modules that are imported by their names: :mod:`wus_ext.training` (runs on image
 from . import distributed, functional, models, nn
 from ._build import build_info
 from ._version import __version__
-from .conversion.convert import convert, describe, packed_bytes, revert
+from .conversion.convert import convert, describe, measured, packed_bytes, revert
 from .conversion.windows import is_skipping, set_skip, skip_weight_updates
 from .methods.policy import WUS, WUSLR
 from .profiling import Profile, profile
@@ -30,6 +30,7 @@ __all__ = [
     "distributed",
     "functional",
     "is_skipping",
+    "measured",
     "models",
     "nn",
     "packed_bytes",

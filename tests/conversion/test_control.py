@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from torch import nn
 
 import wus_ext
 from tests.cases import assert_near
-from tests.conversion.test_skip import BIASES, Net, backward, images, net, with_gradient
+from tests.conversion.controlled import EVERYTHING, WEIGHTS, Parts, freeze, owners, pair
+from tests.conversion.skipping import BIASES, backward, net, with_gradient
 from tests.engine.chains import (
     CHAINS,
     check,
@@ -20,37 +20,8 @@ from tests.engine.chains import (
     relative_error,
     run,
     saved_bytes,
-    stock_chain,
 )
 from tests.engine.chains import images as program_images
-
-EVERYTHING = {name for name, _ in Net().named_parameters()}
-WEIGHTS = EVERYTHING - BIASES
-
-
-def pair(name: str, channels_last: bool = True, **settings: object) -> tuple[nn.Module, nn.Module]:
-    """A stock model and a converted one of the same values."""
-    stock = stock_chain(name, channels_last)
-    return stock, wus_ext.convert(copy.deepcopy(stock), **settings)
-
-
-def owners(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters(False))
-    ]
-
-
-def freeze(stock: nn.Module, layers: list[str], biases: bool = False) -> None:
-    """Stock's own way to the same step."""
-    for name, parameter in stock.named_parameters():
-        inside = name.rpartition(".")[0] in layers
-        is_bias = name.endswith("bias")
-        parameter.requires_grad_(not inside or (is_bias and not biases))
-
-
-# --- which layers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,23 +55,6 @@ def test_which_layers(layers, still):
     with wus_ext.skip_weight_updates(model, layers=layers):
         assert wus_ext.is_skipping(model) == bool(still)
     assert not wus_ext.is_skipping(model)
-
-
-class Parts(nn.Module):
-    """Names inside names, one module under two names, weights of children, raw lists."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
-        self.alias = self.body[0]
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.scales = nn.ParameterList([torch.rand(8) + 0.5])
-        self.shared = nn.Linear(8, 8)
-        self.shared.weight = self.body[1][0].weight
-
-    def forward(self, x):
-        x = self.attention(*3 * [self.body(x)], need_weights=False)[0]
-        return self.shared(self.alias(x) * self.scales[0])
 
 
 @pytest.mark.parametrize(
@@ -329,217 +283,3 @@ def test_a_layer_by_layer_policy_follows_stock():
         moved = value - start[name]
         assert moved.norm() > 0
         assert relative_error(skip.state_dict()[name] - start[name], moved) < 1e-2, name
-
-
-def chains_in_backward(output: torch.Tensor) -> int:
-    """How many fused chains a backward pass of this output goes through."""
-    seen, waiting = set(), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return sum(node.name().startswith(("ConvAct", "LinearAct", "ConvNorm")) for node in seen)
-
-
-def test_no_backward_through_first_layers_that_stand_still():
-    """FreezeOut: whatever comes before the first layer that trains costs a forward pass only."""
-    _, skip = pair("conv_norm_relu_pool")
-    x = program_images()
-    wus_ext.set_skip(skip, True)
-    assert chains_in_backward(skip(x)) == 2
-    wus_ext.set_skip(skip, True, layers=["0", "1"], skip_biases=True)
-    assert chains_in_backward(skip(x)) == 1
-    run_without = saved_bytes(skip, x)[0]
-    wus_ext.set_skip(skip, True, layers=["0", "1"])
-    assert run_without < saved_bytes(skip, x)[0]
-    wus_ext.set_skip(skip, True, layers=["0", "1", "4"], skip_biases=True)
-    assert chains_in_backward(skip(x)) == 1  # the last norm's shift trains
-    wus_ext.set_skip(skip, True, skip_biases=True)
-    assert not skip(x).requires_grad
-    assert saved_bytes(skip, x)[0] == 0
-
-
-# --- only the gradient of the input -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "layers"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", CHAINS)
-def test_input_gradients_only(name, training, fuse):
-    stock, skip = pair(name)
-    wus_ext.convert(skip, fuse=fuse)
-    for model in (stock.requires_grad_(False), skip):
-        model.train(training)
-    wus_ext.set_skip(skip, True, skip_biases=True)
-    errors = []
-    for _ in range(3):  # one input in ten has a value within rounding of zero
-        x = program_images()
-        expected, wanted, grad_output = run(stock, x)
-        output, got, _ = run(skip, x, grad_output)
-        errors.append(max(relative_error(output, expected), relative_error(got, wanted)))
-        assert with_gradient(skip) == set()
-    assert min(errors) < 2e-5
-    for (key, mine), theirs in zip(skip.named_buffers(), stock.buffers(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=key)
-    assert not skip(program_images()).requires_grad
-    x = program_images().requires_grad_()
-    if name != "dropout":  # there all that stock keeps is what its pooling layer keeps, too
-        assert saved_bytes(skip, x)[0] <= saved_bytes(stock, x)[0]
-
-
-def test_every_kind_of_parameter_stands_still():
-    model, stock = net(skip_gamma=False), Net().requires_grad_(False)
-    stock.load_state_dict(model.state_dict())
-    wus_ext.set_skip(model, True, skip_biases=True)
-    x = images().requires_grad_()
-    y = x.detach().clone().requires_grad_()
-    output, expected = model(x), stock(y)
-    grad_output = torch.randn_like(output)
-    output.backward(grad_output)
-    expected.backward(grad_output)
-    assert_near(output, expected, "output")
-    assert_near(x.grad, y.grad, "input gradient")
-    assert with_gradient(model) == set()
-    assert not model(images()).requires_grad
-    for layers in ("norm", None):  # the scale trains again, too
-        wus_ext.set_skip(model, True, layers=layers)
-    backward(model)
-    assert with_gradient(model) == BIASES | {"norm.weight"}
-
-
-def test_parametrized_and_shared_biases_stand_still():
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.LSTM(5, 4, batch_first=True))
-    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh(), unsafe=True)
-    model[1].bias = nn.Parameter(torch.randn(5))
-    wus_ext.convert(model)
-    with wus_ext.skip_weight_updates(model, skip_biases=True):
-        x = torch.randn(2, 3, 6, requires_grad=True)
-        model(x)[0].square().sum().backward()
-    assert x.grad.abs().sum() > 0
-    assert with_gradient(model) == set()
-
-
-def test_an_attack_on_the_images():
-    """Projected gradient steps through a network in evaluation mode, against stock."""
-    torch.manual_seed(0)
-    stock = wus_ext.models.vgg11(batch_norm=True, num_classes=5).eval()
-    model = wus_ext.convert(copy.deepcopy(stock), algo="direct")
-    clean, label = torch.rand(2, 3, 32, 32), torch.tensor([1, 3])
-
-    def attacked(attacked_model: nn.Module) -> torch.Tensor:
-        x = clean.clone()
-        for _ in range(3):
-            x.requires_grad_()
-            loss = F.cross_entropy(attacked_model(x), label)
-            (grad,) = torch.autograd.grad(loss, x)
-            x = (x.detach() + 0.01 * grad.sign()).clamp(clean - 0.02, clean + 0.02)
-        return x
-
-    expected = attacked(stock)
-    with wus_ext.skip_weight_updates(model, skip_biases=True):
-        assert (attacked(model) == expected).float().mean() > 0.999
-    assert with_gradient(model) == set()
-
-
-# --- state ------------------------------------------------------------------------------------
-
-
-def copied(model: nn.Module) -> dict[str, nn.Module]:
-    return {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
-
-
-def test_copies_keep_which_layers_skip():
-    model = net()
-    wus_ext.set_skip(model, True, layers=["conv", "act"], skip_biases=True)
-    wus_ext.set_skip(model, True, layers="")
-    wus_ext.set_skip(model, False, layers=["twice", "up"])
-    wus_ext.set_skip(model, True, layers="conv", skip_biases=True)
-    expected = BIASES - {"conv.bias"} | {"twice.weight", "up.weight"}
-    for made in (model, *copied(model).values()):
-        backward(made)
-        assert with_gradient(made) == expected
-        made.zero_grad()
-        wus_ext.set_skip(made, False)
-        backward(made)
-        assert with_gradient(made) == EVERYTHING
-
-
-def test_revert_ends_every_window():
-    model = Parts()
-    attributes = [set(module.__dict__) for module in model.modules()]
-    wus_ext.set_skip(wus_ext.convert(model), True, skip_biases=True)
-    wus_ext.revert(model)
-    assert [set(module.__dict__) for module in model.modules()] == attributes
-    backward(model, torch.randn(2, 3, 8))
-    assert with_gradient(model) == {name for name, _ in model.named_parameters()}
-
-
-@pytest.mark.parametrize("skip_biases", [False, True])
-def test_layers_converted_in_a_window_of_all_join_it(skip_biases):
-    model = wus_ext.convert(nn.Sequential(nn.Linear(3, 3)))
-    wus_ext.set_skip(model, True, skip_biases=skip_biases)
-    model.append(nn.Sequential(nn.Linear(3, 3), nn.PReLU()))
-    wus_ext.convert(model)
-    backward(model, torch.randn(2, 3).requires_grad_())
-    assert with_gradient(model) == (set() if skip_biases else {"0.bias", "1.0.bias"})
-
-
-def test_layers_converted_in_a_window_of_some_train():
-    model = wus_ext.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
-    wus_ext.set_skip(model, True, layers="0")
-    model.append(nn.Linear(3, 3))
-    wus_ext.convert(model)
-    backward(model, torch.randn(2, 3))
-    assert with_gradient(model) == {"0.bias", "1.weight", "1.bias", "2.weight", "2.bias"}
-
-
-def test_contexts_restore_which_layers_skip():
-    model = net()
-    wus_ext.set_skip(model, True, layers="conv")
-    with wus_ext.skip_weight_updates(model, skip_biases=True):
-        with wus_ext.skip_weight_updates(model, layers="head"):
-            backward(model)
-            assert with_gradient(model) == {"head.bias"}
-        model.zero_grad()
-        backward(model, images().requires_grad_())
-        assert with_gradient(model) == set()
-    backward(model)
-    assert with_gradient(model) == EVERYTHING - {"conv.weight"}
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_follows_which_layers_skip(reentrant):
-    from torch.utils.checkpoint import checkpoint
-
-    block = wus_ext.convert(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
-    wus_ext.set_skip(block, True, layers="0", skip_biases=True)
-    x = torch.randn(2, 3, requires_grad=True)
-    checkpoint(block, x, use_reentrant=reentrant).sum().backward()
-    assert with_gradient(block) == {"2.weight", "2.bias"}
-
-
-def test_functional_call_in_a_mixed_step():
-    model = net()
-    wus_ext.set_skip(model, True, layers=["conv", ""])
-    wus_ext.set_skip(model, False, layers="head")
-    given = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    torch.func.functional_call(model, given, (images(),)).sum().backward()
-    got = {name for name, tensor in given.items() if tensor.grad is not None}
-    assert got == BIASES | {"head.weight"}
-
-
-def test_models_built_from_drop_ins_need_no_convert():
-    model = nn.Sequential(wus_ext.nn.Linear(3, 3), nn.ReLU(), wus_ext.nn.Linear(3, 2))
-    wus_ext.set_skip(model, True, layers="2", skip_biases=True)
-    backward(model, torch.randn(2, 3))
-    assert with_gradient(model) == {"0.weight", "0.bias"}
-
-
-def test_chains_read_the_state_of_their_layers():
-    _, skip = pair("linear")
-    for layers in ("0", "4", "6"):
-        wus_ext.set_skip(skip, False)
-        wus_ext.set_skip(skip, True, layers=layers)
-        fused = fused_chains(skip, program_images())
-        assert [chain.split()[0] for chain in fused] == ["conv" if layers == "0" else "linear"]

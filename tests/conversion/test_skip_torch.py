@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wus_ext
 from tests.cases import assert_near
-from tests.conversion.test_skip import BIASES, Net, backward, images, net, with_gradient
+from tests.conversion.skipping import BIASES, Net, backward, images, net, with_gradient
 
 
 def plain() -> nn.Sequential:

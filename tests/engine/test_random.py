@@ -153,10 +153,9 @@ def run(model: nn.Module, image: Tensor, step: Step, frozen: bool = False) -> Re
     image = image.detach().requires_grad_(step.from_input)
     torch.manual_seed(SEED)
     with torch.set_grad_enabled(step.mode != "no gradients"):
-        given = image.view_as(image)
-        if given.requires_grad:
-            given.register_hook(handed_back.append)
-        output = model(given)
+        if image.requires_grad:
+            image.register_hook(handed_back.append)
+        output = model(image)
     if output.requires_grad:
         torch.manual_seed(SEED)
         output.backward(torch.randn(output.shape).to(output))
@@ -246,6 +245,20 @@ def near(actual: Result, stock: Result, exact: Result, setting: Setting, window:
         check(name, actual.gradients[name], stock.gradients[name], true, torch.stack(others).max())
 
 
+def unsound(model: nn.Module, setting: Setting) -> set[str]:
+    """Gradients that stock does not give twice alike: it reads memory that nobody wrote.
+
+    Of small maps these are grouped convolutions' weight gradients in bfloat16.
+    """
+    if setting.dtype in ("float32", "float64"):
+        return set()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups > 1
+    }
+
+
 def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: Step) -> None:
     """A step of `ours`, whose parameters and buffers `base` has, against stock PyTorch's."""
     frozen = setting.norm == "frozen" and step.window != "nothing"
@@ -267,12 +280,12 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
                 break
         else:
             assume(False)
-        # In bfloat16 oneDNN's weight gradients of small maps may be anything, 1e19 too.
-        gradients = [g for g in expected.gradients.values() if g is not None]
-        assume(all(g.isfinite().all() and g.abs().max() < 1e6 for g in gradients))
         ours.zero_grad()
         wus_ext.set_skip(ours, step.window != "nothing", skip_biases=step.window == "all")
         actual = run(ours, image, step)
+    for name in unsound(base, setting):
+        for result in (actual, expected):
+            result.gradients.pop(name)
     assert actual.output_strides == expected.output_strides
     # What a residual sum hands back of an image that is not in channels_last is contiguous.
     channels_last = image.is_contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from torch import nn
 import wus_ext
 from wus_ext._build import deferral
 
-from .chains import CHAINS, images, relative_error
+from .chains import CHAINS, fused_chains, images, relative_error
 
 
 @pytest.fixture
@@ -70,6 +70,33 @@ def test_each_thread_its_own_model(threads):
             assert torch.equal(stock(x), expected)
 
     threads(lambda: train("stock"), lambda: train("fused"), serve, lambda: train("fused"))
+
+
+class Meets(nn.Module):
+    """Waits in the middle of a forward until another thread is there, too."""
+
+    def __init__(self, barrier):
+        super().__init__()
+        self.barrier = barrier
+
+    def forward(self, x):
+        self.barrier.wait(timeout=30)
+        return x
+
+
+def test_forwards_that_overlap_run_fused_alike(threads):
+    barrier = threading.Barrier(2)
+    fused = {}
+
+    def run(name):
+        layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        model = nn.Sequential(*layers[:1], Meets(barrier), *layers[1:])
+        wus_ext.set_skip(wus_ext.convert(model), True)
+        fused[name] = fused_chains(model, images())
+
+    threads(lambda: run("one"), lambda: run("other"))
+    assert fused["one"] == fused["other"]
+    assert len(fused["one"]) == 2
 
 
 @pytest.mark.parametrize("full", ["stock", "fused"])

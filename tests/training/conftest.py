@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from .tiny import trainer
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -35,4 +37,14 @@ def photos(tmp_path):
                 image = module.new("RGB", (120 + 8 * index, 90), (0, brightness, 0))
                 image.paste((250, 0, 0), (0, 0, image.width // 2, 90))
                 image.save(tmp_path / part / name / f"{index}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run that stopped after three epochs of four."""
+    stopped = trainer(out=tmp_path)
+    for _ in range(3):
+        stopped.run_epoch()
+    del stopped
     return tmp_path

@@ -19,8 +19,8 @@ from wus_ext.training.runfolder import RunFolder
 
 from .command import SETTINGS, patched
 from .rights import without_override
+from .run_folders import fails_for, flip, largest_file, snapshot
 from .test_lock import held_by_another
-from .test_runfolder import fails_for, flip, largest_file, snapshot
 
 COMMAND = [sys.executable, "-m", "tests.training.command"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -17,8 +17,8 @@ from wus_ext.training.trainer import Trainer
 pytest.importorskip("matplotlib")
 
 from . import tiny
+from .run_folders import fails_for
 from .test_lock import free
-from .test_runfolder import fails_for
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -45,7 +45,7 @@ def convert(
     *,
     skip_gamma: bool = True,
     norm: str = "batch",
-    algo: str = "auto",
+    algo: str | Mapping[str, str] = "auto",
     memory_budget: int | Literal["auto"] | None = "auto",
     fuse: bool = True,
     epilogues: Collection[str] = (),
@@ -69,7 +69,10 @@ def convert(
             stand still, at less cost).
         algo: convolutions of the CPU's skip steps in float32: ``"direct"`` (oneDNN), ``"f2"``,
             ``"f4"`` (Winograd, where a layer allows) or ``"auto"`` (default: the fastest for each
-            layer). Rounding of ``"f2"`` is that of oneDNN, of ``"f4"`` up to 6e-6 relative.
+            layer by its numbers, the same in every run) or ``"measure"`` (the fastest by trying,
+            once for each layer and shape of input). What was measured decides how a run rounds:
+            :func:`measured` hands it on, and what it gave is a value here, too. Rounding of
+            ``"f2"`` is that of oneDNN, of ``"f4"`` up to 6e-6 relative.
         memory_budget: bytes that the transformed copies of weights may take. Default ``"auto"``:
             as many as a skip step holds less than stock's full step does, in gradients and in what
             is saved for backward; what does not fit is transformed for each use. A number: layers
@@ -107,6 +110,10 @@ def convert(
 tensor (8 values) trains
     """
     check_module(model)
+    choices: Mapping[str, str] = {}
+    if isinstance(algo, Mapping):
+        choices = _checked_choices(algo)
+        algo = "measure"
     options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse, epilogues, full)
     set_wrappers(model, make_skip_aware)
     root = unwrap(model)
@@ -124,7 +131,7 @@ tensor (8 values) trains
         if isinstance(module, NORMS) and isinstance(module, SkipLayer):
             module.__dict__["frozen_statistics"] = norm == "frozen"
     if isinstance(root, SkipModel):
-        root._skip_engine = Engine(options)
+        root._skip_engine = Engine(options, choices)
         root._before_step = adopt_wrapper
     if joins is not None:  # layers that were added in a window of all layers join it
         set_skip(root, True, skip_biases=joins)
@@ -205,8 +212,8 @@ def revert(model: Model) -> Model:
 def packed_bytes(model: nn.Module) -> int:
     """Bytes that transformed copies of the weights of a converted model take right now.
 
-    They are made in the first skip step of a window and dropped when it ends; with ``full="fused"``
-    also in the first full step, and then kept.
+    They are made in the first skip step of a window and dropped when it ends. What is transformed
+    for one use lies in memory that all layers share, which counts.
 
     Args:
         model: any module, wrapped or not.
@@ -223,6 +230,48 @@ def packed_bytes(model: nn.Module) -> int:
         for module in model.modules()
         if isinstance(module, SkipModel) and module._skip_engine is not None
     )
+
+
+def measured(model: nn.Module) -> dict[str, str]:
+    """What ``algo="measure"`` has found so far: the fastest algorithm for each kind of call.
+
+    Plain text, fit for JSON. A model that is converted with it computes like this one, to the bit
+    where shapes and the number of threads are the same; what it does not name is measured.
+
+    Args:
+        model: any module, wrapped or not.
+
+    Returns:
+        Names of algorithms by layer and shape; empty for a model that is not converted, was
+        converted with another ``algo``, or has run no fused step yet.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU())
+        >>> model = wus_ext.convert(model, algo="measure")
+        >>> with wus_ext.skip_weight_updates(model):
+        ...     model(torch.randn(2, 8, 9, 9)).sum().backward()
+        >>> choices = wus_ext.measured(model)
+        >>> list(choices)[0]
+        '2 x 8 x 9 x 9, to 8, groups 1, kernel 3x3, stride 1x1, padding 0x0, dilation 1x1'
+        >>> wus_ext.measured(wus_ext.convert(model, algo=choices)) == choices
+        True
+    """
+    return {
+        call: name
+        for module in model.modules()
+        if isinstance(module, SkipModel) and module._skip_engine is not None
+        for call, name in module._skip_engine.choices.names.items()
+    }
+
+
+def _checked_choices(choices: Mapping[str, str]) -> Mapping[str, str]:
+    for call, name in choices.items():
+        if not isinstance(call, str) or not isinstance(name, str):
+            raise ValueError(
+                "algo: expected what wus_ext.measured gives, names of algorithms by calls, "
+                f"got {call!r}: {name!r}"
+            )
+    return choices
 
 
 def describe(model: nn.Module) -> str:

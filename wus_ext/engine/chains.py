@@ -20,6 +20,7 @@ from .activation import Act, Kind
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct, Norm
 from .conv.algorithm import Algorithm, Given, Unfused
 from .conv.choice import choose
+from .conv.measure import Choices
 from .conv.weight import Weight
 from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
@@ -49,6 +50,7 @@ class Resources(Protocol):
 
     options: SkipOptions
     packed: PackedWeights
+    choices: Choices
     notes: Notes | None
 
 
@@ -87,7 +89,16 @@ def run_conv(
 
     def algorithm(weight: Weight, backward: bool) -> Algorithm:
         geometry, options = plan.geometry, engine.options
-        chosen = choose(weight, geometry, options, engine.packed, images, backward, plan.dtype)
+        chosen = choose(
+            weight,
+            geometry,
+            options,
+            engine.packed,
+            engine.choices,
+            images,
+            backward,
+            plan.dtype,
+        )
         if engine.notes is not None:
             engine.notes.algorithms[conv] = chosen.name
         return chosen

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from ..nn import Conv2d, Linear, SkipLayer, is_frozen
 from .activation import Act, Kind
 from .autograd import Norm
 from .chains import Notes, resume, run_conv, run_linear
+from .conv.measure import Choices
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
@@ -53,8 +54,9 @@ class Engine:
     #: Without gradients a chain over fewer takes more time to begin than it saves.
     FEW_VALUES = 1 << 20
 
-    def __init__(self, options: SkipOptions) -> None:
+    def __init__(self, options: SkipOptions, choices: Mapping[str, str] | None = None) -> None:
         self.options = options
+        self.choices = Choices(choices or {})
         self.packed = PackedWeights(options.memory_budget)
         #: The chains of the first step that runs fused, for the log; then None.
         self.record: list[tuple[nn.Module, str]] | None = []
@@ -67,10 +69,10 @@ class Engine:
         self._drop_ins: WeakSet[nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return Engine(self.options)
+        return Engine(self.options, self.choices.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Engine, (self.options,))
+        return (Engine, (self.options, self.choices.names))
 
     def begin(self, inputs: tuple[Any, ...]) -> Any | None:
         """Lets layers defer in the forward pass that begins now, or None: all run by themselves.

@@ -9,7 +9,7 @@ from typing import Literal
 from .._build import build_info
 
 NORMS = ("batch", "frozen")
-ALGORITHMS = ("auto", "direct", "f2", "f4")
+ALGORITHMS = ("auto", "measure", "direct", "f2", "f4")
 FULL = ("stock", "fused")
 #: Each with the entry of build_info() that says whether this build has it.
 EPILOGUES = {"plain": None, "cublaslt": "cuda", "cudnn": "cudnn_frontend"}
@@ -26,7 +26,9 @@ class SkipOptions:
             stand still; the layer folds into its convolution and saves nothing).
         algo: convolution algorithm of the CPU's skip steps in float32: ``"direct"`` (oneDNN),
             ``"f2"`` and ``"f4"`` (Winograd F(2x2, 3x3) and F(4x4, 3x3), where a layer allows),
-            ``"auto"`` (default: the fastest for each layer).
+            ``"auto"`` (default: the fastest for each layer by its numbers, the same in every run),
+            ``"measure"`` (the fastest by trying, once for each layer and shape; what was chosen
+            decides how the run rounds, and :func:`wus_ext.measured` hands it on to the next run).
         memory_budget: bytes that transformed copies of weights may take together. Default
             ``"auto"``: as many as a skip step holds less than stock's full step does, in gradients
             and in what is saved for backward; what does not fit is transformed for each use.

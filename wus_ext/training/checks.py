@@ -100,6 +100,10 @@ def machine(config: TrainConfig) -> None:
     """
     if config.cuda_graphs and processes.count() > 1:
         raise ConfigError("cuda_graphs needs a single process: messages are not recorded")
+    if config.algo == "measure" and processes.count() > 1:
+        raise ConfigError(
+            "algo 'measure' needs a single process, others would find another: 'auto'"
+        )
     if config.tensorboard:
         check_tensorboard()
     device = config.torch_device()

@@ -196,7 +196,8 @@ class TrainConfig:
     algo: str = option(
         "auto",
         "convolutions of skipped epochs (with --full fused of all) on the CPU in float32: direct "
-        "(oneDNN), f2, f4 (Winograd), or auto (the fastest for each layer)",
+        "(oneDNN), f2, f4 (Winograd), auto (the fastest for each layer by its numbers) or measure "
+        "(by trying, once; a resumed run keeps what was found)",
         choices=ALGORITHMS,
     )
     packed_budget: float | None = option(

@@ -140,4 +140,5 @@ _STATE: dict[str, type | tuple[type, ...]] = {
     "scheduler": (dict, type(None)),
     "policy": (dict, type(None)),
     "scaler": dict,
+    "measured": (dict, type(None)),
 }

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..conversion.convert import convert, measured
 from ..distributed import processes
 from ..engine.parameters import skipped_now
 from ..methods.table import METHODS
@@ -298,6 +299,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "policy": self.policy.state_dict() if self.policy else None,
             "scaler": self.scaler.state_dict(),
+            "measured": measured(self.model),
         }
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
@@ -314,6 +316,8 @@ class Trainer:
                 f"those of the images here {', '.join(self.data.classes)}"
             )
         try:
+            if choices := state.get("measured"):  # so that it rounds as before
+                convert(self.model, **(self.config.skip_settings() | {"algo": choices}))
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             for owner, name in ((self.scheduler, "scheduler"), (self.policy, "policy")):

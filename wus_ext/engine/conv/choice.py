@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from .algorithm import Algorithm, Direct, OnGpu, Strided
 from .copies import Copies, Form
 from .depthwise import Depthwise
 from .geometry import Geometry, schemes, suits_depthwise, suits_pointwise, suits_strided
+from .measure import Call, Candidate, Choices
 from .pointwise import Pointwise
 from .weight import Weight
 from .winograd import Winograd
@@ -30,6 +34,7 @@ def choose(
     geometry: Geometry,
     options: SkipOptions,
     packed: PackedWeights,
+    choices: Choices,
     images: int,
     backward: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -37,12 +42,30 @@ def choose(
     """The algorithm for one layer: what `options.algo` asks for, as far as layer and budget allow.
 
     Args:
+        choices: what has been measured, where `options.algo` is ``"measure"``.
         images: in the batch.
         backward: whether a data gradient will be asked for.
         dtype: of the input, to which autocast may have cast it.
     """
     if on_gpu(weight.own):
         return OnGpu(geometry, _cast(weight, packed, dtype))
+    candidates = _candidates(weight, geometry, options, packed, images, backward)
+    if options.algo == "measure":
+        trains = weight.trains and torch.is_grad_enabled()
+        call = Call(geometry, images, trains, backward)
+        return choices.pick(call, candidates, weight, lambda: packed.drop((weight.layer,)))
+    return next(made for _, make in candidates if (made := make()) is not None)
+
+
+def _candidates(
+    weight: Weight,
+    geometry: Geometry,
+    options: SkipOptions,
+    packed: PackedWeights,
+    images: int,
+    backward: bool,
+) -> Iterator[Candidate]:
+    """What suits a layer, best first, the library's own convolution last."""
     auto = options.algo == "auto"
     rows = images * geometry.output_size[0] * geometry.output_size[1]
     lone = weight.trains and not torch.is_grad_enabled()
@@ -50,30 +73,34 @@ def choose(
     # What is chosen must not depend on how much is kept by now: a resumed run starts with nothing.
     pays = not auto or all_kept or rows >= (LONE_ROWS if lone else STEP_ROWS)
 
-    def copies(form: Form) -> Copies | None:
-        if not pays:
-            return None
+    def packed_for(form: Form, algorithm: Callable[[Copies], Algorithm]) -> Algorithm | None:
         kept = None if weight.trains else Copies.kept(packed, form, weight, backward)
-        return kept or Copies.passing(packed, form, weight)
+        copies = kept or Copies.passing(packed, form, weight)
+        return algorithm(copies) if copies else None
 
-    for scheme in schemes(geometry, options.algo):
-        if made := copies(Form("winograd", int(scheme))):
-            return Winograd(geometry, scheme, made)
-    if suits_strided(geometry, options.algo) and (made := copies(Form("strided"))):
-        return Strided(geometry, made)
-    in_one_pass = not weight.trains or (weight.own.numel() <= SMALL_WEIGHT and not lone)
-    if (
-        suits_pointwise(geometry, options.algo)
-        and (in_one_pass or not auto)
-        and (made := copies(Form("pointwise")))
-    ):
-        return Pointwise(geometry, made)
-    kind = Depthwise if suits_depthwise(geometry, options.algo) else Direct
-    if weight.folded is None:
-        return kind(geometry, weight.own)
-    if packed.fits(weight.layer, ["folded"], lambda: weight.own.nbytes):
-        return kind(geometry, packed.get(weight.layer, "folded", weight.sources, weight.make))
-    return kind(geometry, weight.make())
+    if pays:
+        for scheme in schemes(geometry, options.algo):
+            winograd = partial(Winograd, geometry, scheme)
+            form = Form("winograd", int(scheme))
+            yield Candidate(f"Winograd {scheme.name}", partial(packed_for, form, winograd))
+        if suits_strided(geometry, options.algo):
+            strided = partial(Strided, geometry)
+            yield Candidate(Strided.name, partial(packed_for, Form("strided"), strided))
+        in_one_pass = not weight.trains or (weight.own.numel() <= SMALL_WEIGHT and not lone)
+        if suits_pointwise(geometry, options.algo) and (in_one_pass or not auto):
+            pointwise = partial(Pointwise, geometry)
+            yield Candidate(Pointwise.name, partial(packed_for, Form("pointwise"), pointwise))
+
+    def unpacked() -> Tensor:
+        if weight.folded is not None and packed.fits(
+            weight.layer, ["folded"], lambda: weight.own.nbytes
+        ):
+            return packed.get(weight.layer, "folded", weight.sources, weight.make)
+        return weight.make()
+
+    if suits_depthwise(geometry, options.algo):
+        yield Candidate(Depthwise.name, lambda: Depthwise(geometry, unpacked()))
+    yield Candidate(Direct.name, lambda: Direct(geometry, unpacked()))
 
 
 def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
