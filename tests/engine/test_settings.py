@@ -50,7 +50,7 @@ def test_gamma_trains_if_asked(name):
     ("settings", "message"),
     [
         ({"norm": "running"}, "norm: 'running' is not one of batch, frozen"),
-        ({"algo": "fft"}, "algo: 'fft' is not one of auto, direct, f2, f4"),
+        ({"algo": "fft"}, "algo: 'fft' is not one of auto, measure, direct, f2, f4"),
         ({"memory_budget": -1}, "memory_budget: expected a number of bytes"),
         ({"memory_budget": 1.5}, "memory_budget: expected a number of bytes"),
         ({"fuse": 1}, "fuse: expected True or False"),
