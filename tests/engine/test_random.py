@@ -248,14 +248,12 @@ def near(actual: Result, stock: Result, exact: Result, setting: Setting, window:
 def unsound(model: nn.Module, setting: Setting) -> set[str]:
     """Gradients that stock does not give twice alike: it reads memory that nobody wrote.
 
-    Of small maps these are grouped convolutions' weight gradients in bfloat16.
+    These are convolutions' weight gradients in bfloat16, of small maps.
     """
     if setting.dtype in ("float32", "float64"):
         return set()
     return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.groups > 1
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
     }
 
 
@@ -298,7 +296,7 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
 
 
 @settings(
-    max_examples=EXAMPLES or 1000,
+    max_examples=EXAMPLES or 500,
     derandomize=not EXAMPLES,
     database=None,
     deadline=None,
