@@ -123,7 +123,7 @@ def test_complex_operators_are_whole(op):
         given = leaves(torch.randn(2, 4, 6).cdouble(), torch.randn(3, 4, 3).cdouble())
         given.append(torch.randn(3).cdouble().requires_grad_())
         rest = ([1], [1], [1], False, [0], 1)
-    torch.library.opcheck(getattr(torch.ops.wus, op), (*given, *rest), {"skip_wgrad": True})
+    torch.library.opcheck(getattr(torch.ops.wus, op), (*given, *rest))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
