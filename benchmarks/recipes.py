@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import interleaved, machine, median_ms, spread, table
+from common import freeze, machine, median_ms, table
 from torch.nn.functional import cross_entropy
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -30,6 +30,7 @@ from network import network
 from real_images import digits
 
 import wus_ext
+from wus_ext.profiling.timing import interleaved, spread
 
 Step = Callable[[], object]
 
@@ -47,9 +48,7 @@ def transfer(stock: bool) -> Step:
     torch.manual_seed(0)
     model = network(5)
     if stock:
-        for name, parameter in model.named_parameters():
-            if not name.startswith(transfer_learning.LAST):
-                parameter.requires_grad_(name.endswith("bias"))
+        freeze(model).get_submodule(transfer_learning.LAST).requires_grad_(True)
     else:
         wus_ext.convert(model)
         wus_ext.set_skip(model, True)
