@@ -165,6 +165,11 @@ def run(model, x, grad_output=None, seed=1):
     return output.detach(), x.grad, grad_output
 
 
+def strides(tensor):
+    """Those that mean something."""
+    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
+
+
 def relative_error(actual, expected):
     """Of all values together; a gradient may differ where rounding flips one ReLU."""
     scale = expected.double().norm().clamp(min=1e-3)

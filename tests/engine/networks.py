@@ -146,6 +146,14 @@ class Activation(nn.Module):
         return ACTIVATIONS[self.name](x)
 
 
+def through(x: Tensor, *parts: nn.Module | None) -> Tensor:
+    """Those that there are, one after the other."""
+    for part in parts:
+        if part is not None:
+            x = part(x)
+    return x
+
+
 class ConvBlock(nn.Module):
     """A block, or as much of it as the size of its input allows."""
 
@@ -186,13 +194,7 @@ class ConvBlock(nn.Module):
                 y += x
             else:
                 y = x + y if self.residual == "x + y" else y + x
-        if self.activation is not None:
-            y = self.activation(y)
-        if self.pool is not None:
-            y = self.pool(y)
-        if self.dropout is not None:
-            y = self.dropout(y)
-        return y
+        return through(y, self.activation, self.pool, self.dropout)
 
 
 class DenseBlock(nn.Module):
@@ -203,12 +205,7 @@ class DenseBlock(nn.Module):
         self.dropout = nn.Dropout(dense.dropout) if dense.dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.linear(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        if self.dropout is not None:
-            x = self.dropout(x)
-        return x
+        return through(self.linear(x), self.activation, self.dropout)
 
 
 def build(network: Network) -> nn.Sequential:

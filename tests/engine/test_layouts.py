@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import wus_ext
 
-from .chains import relative_error
+from .chains import relative_error, strides
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: How a model is converted, and whether weights stand still.
@@ -28,11 +28,6 @@ def converted(stock: nn.Module, way: str) -> nn.Module:
     model = wus_ext.convert(copy.deepcopy(stock), **options)
     wus_ext.set_skip(model, skip)
     return model
-
-
-def strides(tensor: Tensor) -> tuple[int, ...]:
-    """Those that mean something."""
-    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
 
 
 def layouts(model: nn.Module, image: Tensor, upstream: torch.memory_format):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import wus_ext
+from tests.engine.chains import strides
 from tests.engine.networks import Activation, Network, build, either, networks
 
 EXAMPLES = int(os.environ.get("WUS_EXAMPLES", 0))
@@ -132,10 +133,6 @@ class Result:
     input_strides: tuple[int, ...] | None  # of the gradient that the network hands back
     gradients: dict[str, Tensor | None]
     buffers: dict[str, Tensor]
-
-
-def strides(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
 
 
 def run(model: nn.Module, image: Tensor, step: Step, frozen: bool = False) -> Result:

@@ -260,7 +260,7 @@ def measured(model: nn.Module) -> dict[str, str]:
         call: name
         for module in model.modules()
         if isinstance(module, SkipModel) and module._skip_engine is not None
-        for call, name in module._skip_engine.choices.names.items()
+        for call, name in module._skip_engine.measured.names.items()
     }
 
 
@@ -328,14 +328,13 @@ def _weights(root: nn.Module) -> dict[int, nn.Parameter]:
 
 def _warn_if_pointless(root: nn.Module) -> None:
     skipped = _weights(root)
+    trained = {id(p) for p in root.parameters() if p.requires_grad}
     if not skipped:
         warnings.warn(
             f"convert: {type(root).__name__} has no weight to skip; nothing was converted",
             stacklevel=3,
         )
-    elif all(p.requires_grad <= (id(p) in skipped) for p in root.parameters()) and any(
-        p.requires_grad for p in root.parameters()
-    ):
+    elif trained and trained <= skipped.keys():
         warnings.warn(
             f"convert: {stock_class(type(root)).__name__} has no bias: a skip step trains nothing",
             stacklevel=3,

@@ -20,7 +20,7 @@ from .activation import Act, Kind
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct, Norm
 from .conv.algorithm import Algorithm, Given, Unfused
 from .conv.choice import choose
-from .conv.measure import Choices
+from .conv.measure import Measured
 from .conv.weight import Weight
 from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
@@ -50,7 +50,7 @@ class Resources(Protocol):
 
     options: SkipOptions
     packed: PackedWeights
-    choices: Choices
+    measured: Measured
     notes: Notes | None
 
 
@@ -94,7 +94,7 @@ def run_conv(
             geometry,
             options,
             engine.packed,
-            engine.choices,
+            engine.measured,
             images,
             backward,
             plan.dtype,

@@ -15,8 +15,7 @@ def drop(input: Tensor, p: float) -> Tensor | None:
     Returns:
         The output, or None where the kernels do not take `input`.
     """
-    plain = input.is_contiguous()
     rows = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
-    if not takes(input) or not (rows or plain):
+    if not takes(input) or not (rows or input.is_contiguous()):
         return None
     return Dropout.apply(input, p)

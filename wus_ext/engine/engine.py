@@ -25,7 +25,7 @@ from ..nn import Conv2d, Linear, SkipLayer, is_frozen
 from .activation import Act, Kind
 from .autograd import Norm
 from .chains import Notes, resume, run_conv, run_linear
-from .conv.measure import Choices
+from .conv.measure import Measured
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
@@ -56,7 +56,7 @@ class Engine:
 
     def __init__(self, options: SkipOptions, choices: Mapping[str, str] | None = None) -> None:
         self.options = options
-        self.choices = Choices(choices or {})
+        self.measured = Measured(choices or {})
         self.packed = PackedWeights(options.memory_budget)
         #: The chains of the first step that runs fused, for the log; then None.
         self.record: list[tuple[nn.Module, str]] | None = []
@@ -69,10 +69,10 @@ class Engine:
         self._drop_ins: WeakSet[nn.Module] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return Engine(self.options, self.choices.names)
+        return Engine(self.options, self.measured.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Engine, (self.options, self.choices.names))
+        return (Engine, (self.options, self.measured.names))
 
     def begin(self, inputs: tuple[Any, ...]) -> Any | None:
         """Lets layers defer in the forward pass that begins now, or None: all run by themselves.

@@ -102,7 +102,7 @@ def machine(config: TrainConfig) -> None:
         raise ConfigError("cuda_graphs needs a single process: messages are not recorded")
     if config.algo == "measure" and processes.count() > 1:
         raise ConfigError(
-            "algo 'measure' needs a single process, others would find another: 'auto'"
+            "algo 'measure' needs a single process: each would choose for itself; use 'auto'"
         )
     if config.tensorboard:
         check_tensorboard()

@@ -93,7 +93,7 @@ class Algorithm(ABC):
         need_grad = need_input or trained is not None
         passed, grad_bias = masked(grad, mask, act, self.geometry.output_size, need_grad, need_bias)
         if passed is None:
-            return None, None, None
+            return None, grad_bias, None
         grad_input, grad_weight = self._both(passed, need_input, trained)
         return grad_input, grad_bias, grad_weight
 

@@ -15,7 +15,7 @@ from .algorithm import Algorithm, Direct, OnGpu, Strided
 from .copies import Copies, Form
 from .depthwise import Depthwise
 from .geometry import Geometry, schemes, suits_depthwise, suits_pointwise, suits_strided
-from .measure import Call, Candidate, Choices
+from .measure import Call, Contender, Measured
 from .pointwise import Pointwise
 from .weight import Weight
 from .winograd import Winograd
@@ -34,7 +34,7 @@ def choose(
     geometry: Geometry,
     options: SkipOptions,
     packed: PackedWeights,
-    choices: Choices,
+    measured: Measured,
     images: int,
     backward: bool = True,
     dtype: torch.dtype = torch.float32,
@@ -42,29 +42,29 @@ def choose(
     """The algorithm for one layer: what `options.algo` asks for, as far as layer and budget allow.
 
     Args:
-        choices: what has been measured, where `options.algo` is ``"measure"``.
+        measured: so far, where `options.algo` is ``"measure"``.
         images: in the batch.
         backward: whether a data gradient will be asked for.
         dtype: of the input, to which autocast may have cast it.
     """
     if on_gpu(weight.own):
         return OnGpu(geometry, _cast(weight, packed, dtype))
-    candidates = _candidates(weight, geometry, options, packed, images, backward)
+    contenders = _contenders(weight, geometry, options, packed, images, backward)
     if options.algo == "measure":
         trains = weight.trains and torch.is_grad_enabled()
         call = Call(geometry, images, trains, backward)
-        return choices.pick(call, candidates, weight, lambda: packed.drop((weight.layer,)))
-    return next(made for _, make in candidates if (made := make()) is not None)
+        return measured.pick(call, contenders, weight, lambda: packed.drop((weight.layer,)))
+    return next(made for _, make in contenders if (made := make()) is not None)
 
 
-def _candidates(
+def _contenders(
     weight: Weight,
     geometry: Geometry,
     options: SkipOptions,
     packed: PackedWeights,
     images: int,
     backward: bool,
-) -> Iterator[Candidate]:
+) -> Iterator[Contender]:
     """What suits a layer, best first, the library's own convolution last."""
     auto = options.algo == "auto"
     rows = images * geometry.output_size[0] * geometry.output_size[1]
@@ -82,14 +82,14 @@ def _candidates(
         for scheme in schemes(geometry, options.algo):
             winograd = partial(Winograd, geometry, scheme)
             form = Form("winograd", int(scheme))
-            yield Candidate(f"Winograd {scheme.name}", partial(packed_for, form, winograd))
+            yield Contender(Winograd.title(scheme), partial(packed_for, form, winograd))
         if suits_strided(geometry, options.algo):
             strided = partial(Strided, geometry)
-            yield Candidate(Strided.name, partial(packed_for, Form("strided"), strided))
+            yield Contender(Strided.name, partial(packed_for, Form("strided"), strided))
         in_one_pass = not weight.trains or (weight.own.numel() <= SMALL_WEIGHT and not lone)
         if suits_pointwise(geometry, options.algo) and (in_one_pass or not auto):
             pointwise = partial(Pointwise, geometry)
-            yield Candidate(Pointwise.name, partial(packed_for, Form("pointwise"), pointwise))
+            yield Contender(Pointwise.name, partial(packed_for, Form("pointwise"), pointwise))
 
     def unpacked() -> Tensor:
         if weight.folded is not None and packed.fits(
@@ -99,8 +99,8 @@ def _candidates(
         return weight.make()
 
     if suits_depthwise(geometry, options.algo):
-        yield Candidate(Depthwise.name, lambda: Depthwise(geometry, unpacked()))
-    yield Candidate(Direct.name, lambda: Direct(geometry, unpacked()))
+        yield Contender(Depthwise.name, lambda: Depthwise(geometry, unpacked()))
+    yield Contender(Direct.name, lambda: Direct(geometry, unpacked()))
 
 
 def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:

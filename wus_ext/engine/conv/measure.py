@@ -15,12 +15,12 @@ from .algorithm import Algorithm, Trained
 from .geometry import Geometry
 from .weight import Weight
 
-__all__ = ["Call", "Candidate", "Choices"]
+__all__ = ["Call", "Contender", "Measured"]
 
 ROUNDS = 3
 
 
-class Candidate(NamedTuple):
+class Contender(NamedTuple):
     """An algorithm by its name, and what makes it, or None where the memory budget forbids it."""
 
     name: str
@@ -45,7 +45,7 @@ class Call(NamedTuple):
         return ", ".join(parts)
 
 
-class Choices:
+class Measured:
     """The fastest algorithm of each kind of call that there was, by name.
 
     What has been measured stands, so that a run which is given an earlier one's choices computes
@@ -58,51 +58,51 @@ class Choices:
     def pick(
         self,
         call: Call,
-        candidates: Iterable[Candidate],
+        contenders: Iterable[Contender],
         weight: Weight,
         forget: Callable[[], object],
     ) -> Algorithm:
-        """The fastest of the candidates, of which the last can always be made.
+        """The fastest of the contenders, of which the last can always be made.
 
         Args:
-            forget: drops what candidates have made of the weight.
+            forget: drops what contenders have made of the weight.
         """
-        candidates = list(candidates)
-        known = self.names.get(str(call))
-        if known is None:
-            made = {name: it for name, make in candidates if (it := make()) is not None}
-            known = fastest(call, made, weight) if len(made) > 1 else candidates[-1].name
-            self.names[str(call)] = known
+        makers = dict(contenders)
+        *_, last = makers
+        kind = str(call)
+        if kind not in self.names:
+            made = {name: it for name, make in makers.items() if (it := make()) is not None}
+            self.names[kind] = fastest(call, made, weight) if len(made) > 1 else last
             forget()
-        makers = dict(candidates)
-        chosen = makers[known]() if known in makers else None
+        make = makers.get(self.names[kind])
+        chosen = make and make()
         if chosen is None:
-            chosen = candidates[-1].make()
+            chosen = makers[last]()
         assert chosen is not None
         return chosen
 
 
 @torch.no_grad()
-def fastest(call: Call, candidates: Mapping[str, Algorithm], weight: Weight) -> str:
+def fastest(call: Call, contenders: Mapping[str, Algorithm], weight: Weight) -> str:
     """The one whose passes of this call take the least time; they take turns."""
     g = call.geometry
     input = _image(call.images, g.in_channels, g.input_size)
     grad = _image(call.images, g.out_channels, g.output_size)
     trained = Trained(input, weight.own) if call.trains else None
 
-    def run(candidate: Algorithm) -> float:
+    def run(contender: Algorithm) -> float:
         start = time.perf_counter()
-        candidate.forward(input, None, Act.NONE)
+        contender.forward(input, None, Act.NONE)
         if call.backward or trained is not None:
-            candidate.backward(grad, None, Act.NONE, call.backward, False, trained)
+            contender.backward(grad, None, Act.NONE, call.backward, False, trained)
         return time.perf_counter() - start
 
-    for candidate in candidates.values():
-        run(candidate)
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for contender in contenders.values():
+        run(contender)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
-        for name, candidate in candidates.items():
-            seconds[name].append(run(candidate))
+        for name, contender in contenders.items():
+            seconds[name].append(run(contender))
     return min(seconds, key=lambda name: median(seconds[name]))
 
 

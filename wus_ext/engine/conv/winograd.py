@@ -39,8 +39,13 @@ class Winograd(Algorithm):
         self.geometry = geometry
         self.padding = geometry.padding[0]
         self.scheme = int(scheme)
-        self.name = f"Winograd {scheme.name}"
+        self.name = self.title(scheme)
         self.copies = copies
+
+    @staticmethod
+    def title(scheme: Scheme) -> str:
+        """The name of the algorithm with this scheme."""
+        return f"Winograd {scheme.name}"
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         if act not in EPILOGUES:
