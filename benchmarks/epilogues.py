@@ -54,7 +54,8 @@ def conv(channels: int, size: int, batch: int, dtype: torch.dtype) -> Iterator[C
     weight = new(channels, channels, 3, 3) / (3 * channels**0.5)
     _, mask = ops.activate(new(batch, channels, size, size))
     numbers = ((size, size), (1, 1), (1, 1))
-    geometry = Geometry((1, 1), (1, 1), (1, 1), 1, (size, size), (size, size))
+    three, one = (3, 3), (1, 1)
+    geometry = Geometry(channels, channels, three, one, one, one, 1, (size, size), (size, size))
     direct = Direct(geometry, weight)
     two_passes = partial(two, direct, grad, mask)
 

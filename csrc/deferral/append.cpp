@@ -63,6 +63,19 @@ at::MemoryFormat elementwise(const at::Tensor& tensor) {
                                                                    : at::MemoryFormat::Contiguous;
 }
 
+// Whether what an element-wise operator makes of a tensor, which comes first, may be in a layout
+// that does not follow from the tensor's own.
+bool is_permuted(const at::Tensor& tensor) {
+  if (tensor.dim() != 4 || elementwise(tensor) == at::MemoryFormat::ChannelsLast) return false;
+  int64_t outer = std::numeric_limits<int64_t>::max();
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    if (tensor.size(dim) == 1) continue;
+    if (tensor.stride(dim) == 0 || tensor.stride(dim) > outer) return true;
+    outer = tensor.stride(dim);
+  }
+  return false;
+}
+
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 bool on_cpu(const Chain& chain) {
@@ -172,6 +185,7 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
   const bool first = in_place || takes(self) != nullptr;
   const at::Tensor& summand = first ? self : other;
   const at::Tensor& residual = first ? other : self;
+  if (!first && as_deferred(residual) == nullptr && is_permuted(residual)) return std::nullopt;
   if (takes(summand) == nullptr || !residual.defined() || residual.sizes() != summand.sizes() ||
       residual.scalar_type() != summand.scalar_type() || residual.device() != summand.device())
     return std::nullopt;

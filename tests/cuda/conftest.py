@@ -6,8 +6,14 @@ import pytest
 import torch
 
 import wus_ext
+from wus_ext.engine import activation, autograd, support
+from wus_ext.engine import linear as products
+from wus_ext.engine.conv import algorithm as algorithms
+from wus_ext.engine.conv import choice
 
 from . import emulator
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Gpu:
@@ -36,6 +42,18 @@ def gpu(request, monkeypatch) -> Gpu:
     # Float32 is compared to its own precision: no convolution in TF32.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return Gpu("cuda")
+
+
+@pytest.fixture
+def chains(gpu, monkeypatch) -> Gpu:
+    """The device of the chains, which take the algorithms and kernels for GPUs there."""
+    if gpu.device == "cpu":
+        monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
+        for module in (choice, products):
+            monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+        for module in (activation, algorithms, autograd):
+            monkeypatch.setattr(module, "ops", gpu.ops)
+    return gpu
 
 
 @pytest.fixture

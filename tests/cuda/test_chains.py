@@ -9,29 +9,13 @@ import torch
 from torch import nn
 
 import wus_ext
-from wus_ext.engine import activation, autograd, support
-from wus_ext.engine import linear as products
 from wus_ext.engine.conv import algorithm as algorithms
-from wus_ext.engine.conv import choice
 
 from ..engine.chains import CHAINS, frozen
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NORMLESS = [name for name in CHAINS if "norm" not in name and name not in (
     "odd_channels", "functional", "in_place_sum", "block", "dropout")]  # fmt: skip
 AUTOCAST = [name for name in CHAINS if name != "dropout"]
-
-
-@pytest.fixture
-def chains(gpu, monkeypatch):
-    """The device of the chains, which take the algorithms and kernels for GPUs there."""
-    if gpu.device == "cpu":
-        monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
-        for module in (choice, products):
-            monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
-        for module in (activation, algorithms, autograd):
-            monkeypatch.setattr(module, "ops", gpu.ops)
-    return gpu
 
 
 @pytest.fixture
@@ -79,6 +63,12 @@ def separate_bias(conv):
         return y if conv.bias is None else y + conv.bias.to(y.dtype).view(-1, 1, 1)
 
     conv.forward = forward
+
+
+def full_step(model, x, g, autocast=None):
+    """The same of a step in which all parameters train."""
+    results = step(model, x, g, autocast)
+    return results | {n: p.grad for n, p in model.named_parameters()}
 
 
 def compare(skip, stock, tolerance):
@@ -139,6 +129,48 @@ def test_float32(chains, used, name):
 @pytest.mark.parametrize("name", AUTOCAST)
 def test_autocast(chains, used, name):
     run(chains, name, torch.float32, torch.bfloat16)
+    assert "OnGpu" in used
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)],
+    ids=["float32", "autocast", "bfloat16"],
+)
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_full_steps(chains, used, name, dtype, autocast):
+    if dtype == torch.bfloat16 and name not in NORMLESS:
+        pytest.skip("its norm is in float32")
+    stock = stock_model(name).requires_grad_(True).to(chains.device, dtype)
+    ours = wus_ext.convert(copy.deepcopy(stock), full="fused")
+    for module in stock.modules():
+        if isinstance(module, nn.Conv2d):
+            separate_bias(module)
+    x = chains(torch.randn(4, 3, 10, 8)).to(dtype)
+    with torch.no_grad():
+        shape = copy.deepcopy(stock)(x).shape
+    g = chains(torch.randn(shape)).to(dtype)
+    results = [full_step(model, x, g, autocast) for model in (ours, stock)]
+    eps = torch.finfo(autocast or dtype).eps
+    compare(*results, 5e-6 if eps < 1e-6 else 8 * eps)
+    assert "OnGpu" in used
+    assert wus_ext.packed_bytes(ours) == 0
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_weights_that_require_no_gradient_are_read_in_every_step(chains, used, autocast):
+    """They may change in ways that torch does not see."""
+    stock = stock_model("conv_relu").to(chains.device)
+    ours = wus_ext.convert(copy.deepcopy(stock))
+    x = chains(torch.randn(2, 3, 8, 8))
+    for _ in range(2):
+        with torch.no_grad():
+            g = torch.ones_like(stock(x))
+        results = [step(model, x, g, autocast) for model in (ours, stock)]
+        compare(*results, 5e-6 if autocast is None else 3e-2)
+        for model in (ours, stock):
+            model.zero_grad()
+            model[0].weight.data.mul_(-0.5)
     assert "OnGpu" in used
 
 

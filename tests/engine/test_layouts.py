@@ -79,6 +79,37 @@ def test_of_an_output_behind_a_residual_sum(way, after, shape):
         assert mine == theirs, (weights, image)
 
 
+class Reversed(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x
+
+
+PERMUTED = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "rows first": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "images last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "sliced": lambda x: torch.stack([x, x], -1).flatten(3)[..., ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+    "expanded channels": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@every_way
+@pytest.mark.parametrize("layout", PERMUTED)
+@pytest.mark.parametrize("model", [Residual, Reversed])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 16, 8, 1)])
+def test_of_a_sum_with_an_image_in_another_order(way, layout, model, shape):
+    torch.manual_seed(0)
+    x = PERMUTED[layout](torch.randn(shape))
+    for weights in FORMATS.values():
+        stock = nn.Sequential(model(), nn.ReLU()).to(memory_format=weights)
+        mine, theirs = (
+            layouts(model, x, torch.contiguous_format)[0]
+            for model in (converted(stock, way), stock)
+        )
+        assert mine == theirs, weights
+
+
 @every_way
 def test_of_a_map_of_one_pixel_behind_which_layouts_part(way):
     """Dropout makes of it a contiguous one, which decides the layout of all that follows."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import wus_ext
 from tests.engine.chains import strides
 from tests.engine.networks import Activation, Network, build, either, networks
+from wus_ext.engine import support
 
 EXAMPLES = int(os.environ.get("WUS_EXAMPLES", 0))
 SEED = 7
@@ -79,11 +80,11 @@ a_setting = st.builds(
 TYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-def draw_image(shape: tuple[int, ...], step: Step, seed: int) -> Tensor:
+def draw_image(shape: tuple[int, ...], step: Step, seed: int, device: torch.device) -> Tensor:
     torch.manual_seed(seed)
-    x = torch.randn(shape)
+    x = torch.randn(shape, device=device)
     if step.data == "sparse":
-        x = x * (torch.rand(shape[0], 1, *shape[2:]) < 0.1)
+        x = x * (torch.rand(shape[0], 1, *shape[2:], device=device) < 0.1)
     elif step.data == "flat border":
         x[:, :, : shape[2] // 2] = x[..., 2 * shape[3] // 3 :] = 0
     if step.layout == "channels_last":
@@ -216,7 +217,7 @@ def same(actual: Result, expected: Result) -> None:
 def near(actual: Result, stock: Result, exact: Result, setting: Setting, window: str) -> None:
     """Ours is as near as stock's, or nearly."""
     more, relative = {
-        "float32": (60, 3e-5), "float64": (60, 1e-12), "bfloat16": (0, 3e-2), "autocast": (0, 3e-2)
+        "float32": (60, 3e-5), "float64": (60, 1e-12), "bfloat16": (8, 3e-2), "autocast": (8, 3e-2)
     }[setting.dtype]  # fmt: skip
 
     def check(name: str, mine: Tensor, theirs: Tensor, true: Tensor, scale: Tensor) -> None:
@@ -230,7 +231,7 @@ def near(actual: Result, stock: Result, exact: Result, setting: Setting, window:
     check("output", actual.output, stock.output, exact.output, exact.output.norm())
     for name, true in exact.buffers.items():
         mine, theirs = actual.buffers[name], stock.buffers[name]
-        check(name, *(buffer.double() for buffer in (mine, theirs, true)), torch.zeros(()))
+        check(name, *(buffer.double() for buffer in (mine, theirs, true)), true.new_zeros(()))
     wanted = {
         name: gradient
         for name, gradient in exact.gradients.items()
@@ -245,33 +246,44 @@ def near(actual: Result, stock: Result, exact: Result, setting: Setting, window:
 def unsound(model: nn.Module, setting: Setting) -> set[str]:
     """Gradients that stock does not give twice alike: it reads memory that nobody wrote.
 
-    These are convolutions' weight gradients in bfloat16, of small maps.
+    These are convolutions' weight gradients in bfloat16, of small maps, on the CPU.
     """
-    if setting.dtype in ("float32", "float64"):
+    if setting.dtype in ("float32", "float64") or device_of(model).type != "cpu":
         return set()
     return {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
     }
 
 
+def takes(setting: Setting, device: torch.device) -> bool:
+    """Whether the fused kernels run, and not stock's operators."""
+    dtype = torch.bfloat16 if setting.dtype == "autocast" else getattr(torch, setting.dtype)
+    return dtype in support.TYPES[device.type]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: Step) -> None:
     """A step of `ours`, whose parameters and buffers `base` has, against stock PyTorch's."""
     frozen = setting.norm == "frozen" and step.window != "nothing"
     dtype = TYPES.get(setting.dtype, torch.float32)
+    device = device_of(base)
     context = (
-        torch.autocast("cpu", torch.bfloat16)
+        torch.autocast(device.type, torch.bfloat16)
         if setting.dtype == "autocast"
         else contextlib.nullcontext()
     )
     with context:
         for seed in range(10):
-            image = draw_image(shape, step, seed).to(dtype)
+            image = draw_image(shape, step, seed, device).to(dtype)
             expected, masks = with_masks(copy.deepcopy(base), image, step, frozen)
             exact = expected
-            if setting.dtype != "float32":
+            if not takes(setting, device):
                 break
             exact, slack = in_float64(base, image, step, frozen, masks)
-            if slack > 1e-4 or step.mode == "no gradients":
+            if slack > 1e-4 or step.mode == "no gradients" or setting.dtype != "float32":
                 break
         else:
             assume(False)
@@ -286,7 +298,9 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
     channels_last = image.is_contiguous(memory_format=torch.channels_last)
     accepted = expected.input_strides, strides(image if channels_last else image.contiguous())
     assert actual.input_strides in accepted
-    if step.window == "nothing" and (setting.full == "stock" or not setting.fuse):
+    ours_are_stock = setting.full == "stock" or not setting.fuse
+    repeats = device.type == "cpu"  # some of stock's kernels add up by chance on a GPU
+    if step.window == "nothing" and ours_are_stock and repeats:
         same(actual, expected)
     else:
         near(actual, expected, exact, setting, step.window)
@@ -303,6 +317,10 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
 @given(networks(), a_setting)
 @pytest.mark.filterwarnings("ignore:convert. Sequential has no bias")
 def test_steps(network: Network, setting: Setting):
+    check_steps(network, setting, "cpu")
+
+
+def check_steps(network: Network, setting: Setting, device: str) -> None:
     threads = torch.get_num_threads()
     torch.manual_seed(SEED)
     base = build(network)
@@ -312,7 +330,7 @@ def test_steps(network: Network, setting: Setting):
                 nn.init.zeros_(parameter)
     if setting.channels_last:
         base = base.to(memory_format=torch.channels_last)
-    base = base.to(TYPES.get(setting.dtype, torch.float32))
+    base = base.to(device, TYPES.get(setting.dtype, torch.float32))
     ours = wus_ext.convert(
         copy.deepcopy(base),
         algo=setting.algo,

@@ -160,7 +160,7 @@ def test_recorded_steps_train_as_others_on_cuda(settings):
     weights = []
     for cuda_graphs in (False, True):
         config = tiny.CONFIG.replace(device="cuda", cuda_graphs=cuda_graphs, **settings)
-        run = Trainer(config, data=tiny.data(train=80), build=tiny.build)
+        run = Trainer(config, data=tiny.data(train=80, device="cuda"), build=tiny.build)
         run.run()
         weights.append(torch.cat([p.detach().flatten().cpu() for p in run.model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)

@@ -28,14 +28,14 @@ def split(count, *key):
     return MemorySplit((images + 55 * labels.view(-1, 1, 1, 1)).byte(), labels)
 
 
-def data(train=36, test=10, validation=None):
+def data(train=36, test=10, validation=None, device="cpu"):
     train_split = split(train, "train")
     return Data(
-        train=train_split,
-        validation=split(validation, "validation") if validation else None,
-        test=split(test, "test"),
+        train=train_split.to(device),
+        validation=split(validation, "validation").to(device) if validation else None,
+        test=split(test, "test").to(device),
         classes=["dark", "bright"],
-        normalize=Normalize(*train_split.statistics()),
+        normalize=Normalize(*train_split.statistics()).to(device),
     )
 
 

@@ -194,7 +194,7 @@ def run_linear(
     input = input.to(plan.dtype)
     if weight_trains:
         input = input if below is None else below.settled()
-        product = Products.training(linear, weight)
+        product = Products.training(linear, weight, input.dtype)
         return LinearAct.apply(input, bias, weight, product, act, noise, p)
     backward = wants_dgrad(input) if below is None else below.wants_grad()
     if torch.is_grad_enabled():

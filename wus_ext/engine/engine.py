@@ -31,7 +31,6 @@ from .options import SkipOptions
 from .packed_weights import PackedWeights
 from .plan import ConvPlan, Key, Plan, plan_conv, plan_linear, tensor_types, why_not
 from .storage_access import settle_before_storage_access
-from .support import on_gpu
 
 logger = logging.getLogger("wus_ext")
 
@@ -187,7 +186,7 @@ class Engine:
             type(input) not in (Tensor, nn.Parameter)
             or weight is None
             or type(weight) not in (Tensor, nn.Parameter)
-            or not (layer.skip_wgrad or (not on_gpu(weight) and self._runs_outside(layer)))
+            or not (layer.skip_wgrad or self._runs_outside(layer))
             or (not torch.is_grad_enabled() and input.numel() < self.FEW_VALUES)
         ):
             self._by_itself(layer, input)

@@ -48,9 +48,9 @@ class Products:
         self._unchanged = Unchanged(weight)
 
     @classmethod
-    def training(cls, linear: SkipLayer, weight: Tensor) -> Products:
-        """Of a step after which the layer's weight changes."""
-        return cls(weight.detach(), linear=linear)
+    def training(cls, linear: SkipLayer, weight: Tensor, dtype: torch.dtype) -> Products:
+        """Of a step after which the layer's weight changes, in the input's type."""
+        return cls(weight.detach().to(dtype), linear=linear)
 
     @classmethod
     def frozen(
@@ -64,6 +64,8 @@ class Products:
         """Of a weight that stands still: packed once for a skip window, where that pays."""
         sources, weight = (weight,), weight.detach()
         if weight.dtype != input.dtype:
+            if not linear.skip_wgrad:
+                return cls(weight.to(input.dtype))
             name = ("cast", input.dtype)
             return cls(packed.get(linear, name, sources, lambda: weight.to(input.dtype)))
         if (
@@ -107,7 +109,7 @@ class Products:
         return ops.linear_dgrad(grad, weight) if suits_blocks(grad, weight) else grad @ weight
 
     def wgrad(self, grad: Tensor, input: Tensor) -> Tensor:
-        """The weight's gradient."""
+        """The weight's gradient, in the input's type."""
         if is_batched(grad):
             return grad.t() @ input
         assert self.linear is not None

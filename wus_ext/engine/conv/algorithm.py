@@ -242,6 +242,9 @@ class OnGpu(Direct):
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return super().forward_stats(input, None if bias is None else bias.to(input.dtype))
 
+    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
+        return super().wgrad(grad, trained._replace(weight=self.weight))
+
     @staticmethod
     def _shift(
         output: Tensor, bias: Tensor, residual: Tensor | None, act: Act

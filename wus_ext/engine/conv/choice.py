@@ -104,14 +104,14 @@ def _contenders(
 
 
 def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
-    """The weight as cuDNN wants it: of the input's type, channels_last."""
+    """The weight as cuDNN wants it, of the input's type and in channels_last; kept in a window."""
     own, layout = weight.own, torch.channels_last
+
+    def make() -> Tensor:
+        return weight.make().to(dtype).contiguous(memory_format=layout)
+
     if weight.folded is None and own.dtype == dtype and own.is_contiguous(memory_format=layout):
         return own
-    name = ("cast", dtype, weight.folded is None)
-    return packed.get(
-        weight.layer,
-        name,
-        weight.sources,
-        lambda: weight.make().to(dtype).contiguous(memory_format=layout),
-    )
+    if not getattr(weight.layer, "skip_wgrad", False):
+        return make()
+    return packed.get(weight.layer, ("cast", dtype, weight.folded is None), weight.sources, make)
