@@ -163,6 +163,8 @@ class Runs(Kept):
         config: network, seed, optimizer and data; its method, schedule and epochs do not matter.
         data: its images.
         store: what was trained before.
+        keep: which states are kept, those of every `keep`-th epoch; the way from the one before is
+            trained again where a run branches off in between.
         build: makes the network instead, given the number of classes.
         say: receives a line for each epoch trained.
     """
@@ -173,12 +175,13 @@ class Runs(Kept):
         data: Data,
         store: Store,
         *,
+        keep: int = 1,
         build: Callable[[int], nn.Module] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__(store)
         store.folder.mkdir(parents=True, exist_ok=True)
-        self.config, self.data, self.say = config, data, say
+        self.config, self.data, self.keep, self.say = config, data, keep, say
         self.device = config.torch_device()
         torch.manual_seed(mix(config.seed, "weights"))
         self.model = build_model(config, len(data.classes), build).to(self.device)
@@ -193,7 +196,8 @@ class Runs(Kept):
         if name not in self.store.records:
             self._go_to(path[:-1])
             record = self._train(path[-1])
-            self.store.save(path, self._state())
+            if len(path) % self.keep == 0:
+                self.store.save(path, self._state())
             self._note(name, record)
         return self.store.records[name]
 
@@ -241,7 +245,7 @@ class Runs(Kept):
         wus_ext.set_skip(self.model, epoch.skip)
         trained = train_epoch(
             self.model, self._batches(number), self.optimizer, device=self.device, begin=begin,
-            amp=self.config.amp, cuda_graphs=self.config.cuda_graphs,
+            amp=self.config.amp, cuda_graphs=self.config.cuda_graphs and epoch.end is None,
         )  # fmt: skip
         wus_ext.set_skip(self.model, False)
         self._done = (*self._done, epoch)

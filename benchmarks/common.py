@@ -49,7 +49,7 @@ class TrainingStep:
             lr=1e-4,
             momentum=0.9,
             weight_decay=5e-4,
-            fused=True if input.device.type == "cpu" else None,  # the fastest of each device
+            fused=True,
         )
 
     def loss(self) -> torch.Tensor:

@@ -4,7 +4,8 @@
     python benchmarks/gpu_steps.py --models vgg16 --batch-sizes 128 --norm frozen
     python benchmarks/gpu_steps.py --models vgg16 --epilogues cublaslt cudnn
 
-"graph" replays a CUDA graph of the whole step. Medians of interleaved rounds, each a few steps; all
+"fused" is a full step on the skip step's kernels (full="fused"). "graph" replays a CUDA graph of the
+whole step. Medians of interleaved rounds, each a few steps; all
 ratios are to a stock step of the same run. "skip, epilogues" masks gradients for the layer below in
 the products that make them, as ``convert(model, epilogues=...)``. A variant that fails is named and
 left out. On the CPU only the eager variants run.
@@ -53,9 +54,13 @@ def made(name: str, size: int, args: argparse.Namespace) -> dict[str, Callable[[
         wus_ext.set_skip(model, True)
         return step(model)
 
+    def fused():
+        return step(wus_ext.convert(copy.deepcopy(stock), norm=args.norm, full="fused"))
+
     variants = {
         "full": lambda: step(copy.deepcopy(stock)),
         "frozen": lambda: step(freeze(copy.deepcopy(stock))),
+        "fused": fused,
         "skip": skip,
     }
     if args.epilogues:

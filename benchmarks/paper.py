@@ -19,40 +19,76 @@ from wus_ext.training import TrainConfig, load_data
 DATASETS = ("cifar10", "cifar100")
 SMALL = ("small", "choice")
 EPOCHS = 30
-RATE = 0.02
 MILESTONES = (0.5, 0.75)
 #: Thresholds, patience and longest windows to choose from, on validation images.
 CHOICE = ((1.0, 2, 3), (2.0, 1, 3), (2.0, 2, 3), (3.0, 1, 1), (3.0, 1, 3), (3.0, 2, 3))
-SHARED = {"dataset": "folder", "batch_size": 64, "lr": RATE, "method": "fused"}
-#: Images: for training and validation together, for test; and the part for validation.
-IMAGES = {"limit_train": 6000, "validation": 1 / 6, "limit_test": 2000}
+#: Images of the runs on which settings are chosen: for training and validation together, for test;
+#: and the part for validation.
 CHOICE_IMAGES = {"limit_train": 9000, "validation": 4 / 9, "limit_test": 100}
-
-
-def constant(epochs: int) -> tuple[Epoch, ...]:
-    return (Epoch(RATE),) * epochs
-
-
-def stepped(epochs: int) -> tuple[Epoch, ...]:
-    """A tenth of the rate from half of the run on, a hundredth from three quarters on."""
-    return tuple(Epoch(stepped_rate(done, epochs)) for done in range(epochs))
-
-
-def stepped_rate(done: int, epochs: int) -> float:
-    return RATE * 0.1 ** sum(done >= round(part * epochs) for part in MILESTONES)
-
-
-#: The choice, and cost of an epoch in stock's full ones: full="fused", skipped (README), and of
-#: the forward passes that estimate running statistics.
 CHOSEN = (3.0, 1, 1)
-COSTS = {
-    "small": (0.46, 0.23, 0.13),
-    "alexnet": (0.62, 0.32, 0.13),
-    "vgg11_bn": (0.46, 0.23, 0.13),
-    "vgg16_bn": (0.45, 0.25, 0.13),
-    "resnet18": (0.54, 0.31, 0.13),
-}
 AVERAGED = 5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs are on a device, and what their epochs cost there.
+
+    Args:
+        rate: the constant learning rate, and the one that schedules begin with.
+        config: of the training.
+        images: as CHOICE_IMAGES.
+        keep: as of Runs.
+        costs: of an epoch in stock's full ones: full="fused", skipped, and of the forward passes
+            that estimate running statistics.
+    """
+
+    rate: float
+    config: dict[str, Any]
+    images: dict[str, Any]
+    keep: int
+    costs: dict[str, tuple[float, float, float]]
+
+    def constant(self, epochs: int) -> tuple[Epoch, ...]:
+        return (Epoch(self.rate),) * epochs
+
+    def stepped(self, epochs: int) -> tuple[Epoch, ...]:
+        """A tenth of the rate from half of the run on, a hundredth from three quarters on."""
+        return tuple(
+            Epoch(self.rate * 0.1 ** sum(done >= round(part * epochs) for part in MILESTONES))
+            for done in range(epochs)
+        )
+
+
+SCALES = {
+    # Costs: README.
+    "cpu": Scale(
+        rate=0.02,
+        config={"batch_size": 64, "device": "cpu"},
+        images={"limit_train": 6000, "validation": 1 / 6, "limit_test": 2000},
+        keep=1,
+        costs={
+            "small": (0.46, 0.23, 0.13),
+            "alexnet": (0.62, 0.32, 0.13),
+            "vgg11_bn": (0.46, 0.23, 0.13),
+            "vgg16_bn": (0.45, 0.25, 0.13),
+            "resnet18": (0.54, 0.31, 0.13),
+        },
+    ),
+    # All images, in stock's best way, whose costs these are: gpu_steps.py, batch 512, recorded.
+    "cuda": Scale(
+        rate=0.05,
+        config={"batch_size": 512, "device": "cuda", "amp": "bf16", "cuda_graphs": True},
+        images={"validation": 0.1},
+        keep=3,
+        costs={
+            "small": (0.7, 0.4, 0.15),
+            "alexnet": (0.75, 0.35, 0.15),
+            "vgg11_bn": (0.7, 0.42, 0.15),
+            "vgg16_bn": (0.7, 0.42, 0.15),
+            "resnet18": (0.83, 0.62, 0.2),
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -62,14 +98,25 @@ class Unit:
     network: str
     dataset: str
     seed: int
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.dataset}-{self.network}-seed{self.seed}"
 
+    @property
+    def scale(self) -> Scale:
+        return SCALES[self.device]
+
     def config(self, data_dir: Path, images: dict[str, Any]) -> TrainConfig:
-        model = "vgg11" if self.network in SMALL else self.network
         return TrainConfig(
-            model=model, seed=self.seed, data_dir=str(data_dir / self.dataset), **SHARED, **images
+            model="vgg11" if self.network in SMALL else self.network,
+            dataset="folder",
+            data_dir=str(data_dir / self.dataset),
+            method="fused",
+            seed=self.seed,
+            lr=self.scale.rate,
+            **self.scale.config,
+            **images,
         )
 
 
@@ -94,7 +141,7 @@ def open_runs(unit: Unit, data_dir: Path, out: Path, images: dict[str, Any]) -> 
     config = unit.config(data_dir, images)
     build = small_network if unit.network in SMALL else None
     return Runs(
-        config, load_data(config), Store(out / str(unit)), build=build,
+        config, load_data(config), Store(out / str(unit)), keep=unit.scale.keep, build=build,
         say=lambda line: print(unit, line, flush=True),
     )  # fmt: skip
 
@@ -139,10 +186,11 @@ class Skipping:
 
 def choose(runs: Runs, epochs: int = EPOCHS) -> None:
     """The settings to choose from, at a constant rate."""
-    runs.along(constant(epochs))
+    flat = CHOICE_UNIT.scale.constant(epochs)
+    runs.along(flat)
     for choice in CHOICE:
         for ending in ({}, {"total_epochs": epochs, "final_window": 1}):
-            runs.decided(epochs, Skipping(constant(epochs), **settings(choice), **ending))
+            runs.decided(epochs, Skipping(flat, **settings(choice), **ending))
 
 
 @dataclass(frozen=True)
@@ -175,13 +223,14 @@ class Plan:
 
     Args:
         runs: what trains them or, to look only, what holds them.
-        network: for the costs.
+        unit: whose they are.
         epochs: length of the runs.
     """
 
-    def __init__(self, runs: Kept, network: str, epochs: int = EPOCHS) -> None:
+    def __init__(self, runs: Kept, unit: Unit, epochs: int = EPOCHS) -> None:
         self.runs, self.epochs = runs, epochs
-        self.full, self.skip, self.forward = COSTS[network]
+        self.scale = unit.scale
+        self.full, self.skip, self.forward = unit.scale.costs[unit.network]
 
     def entries(self) -> Iterator[Entry]:
         """Those that can be had, with their cost."""
@@ -190,40 +239,44 @@ class Plan:
                 yield from made()
 
     def _constant(self) -> Iterator[Entry]:
-        flat = constant(self.epochs)
+        flat = self.scale.constant(self.epochs)
+        last = flat[-1]
         yield self._stock("baseline", flat)
         yield self._run("fused", flat)
         yield self._run("WUS", self._decided(flat))
         yield self._run("WUS, ending in a window", self._ending())
-        yield self._run("fused, last epoch skipped", (*flat[:-1], Epoch(RATE, skip=True)))
-        yield self._run("fused, last epoch to rate 0", (*flat[:-1], Epoch(RATE, end=0.0)))
+        yield self._run("fused, last epoch skipped", (*flat[:-1], replace(last, skip=True)))
+        yield self._run("fused, last epoch to rate 0", (*flat[:-1], replace(last, end=0.0)))
 
     def _rivals(self) -> Iterator[Entry]:
         """At the cost of WUS that ends in a window."""
         price = self._cost(self._ending())
-        short = constant(round(price / self.full))
-        yield self._stock("baseline in its time", constant(round(price)))
+        short = self.scale.constant(round(price / self.full))
+        last = short[-1]
+        yield self._stock("baseline in its time", self.scale.constant(round(price)))
         yield self._run("fused in its time", short)
         yield self._run(
-            "fused in its time, last epoch to rate 0", (*short[:-1], Epoch(RATE, end=0.0))
+            "fused in its time, last epoch to rate 0", (*short[:-1], replace(last, end=0.0))
         )
-        yield self._run("fused in its time, then one skipped", (*short, Epoch(RATE, skip=True)))
+        yield self._run("fused in its time, then one skipped", (*short, replace(last, skip=True)))
         yield self._averaged("fused in its time, statistics anew", short, 1)
         yield self._averaged(f"fused in its time, {AVERAGED} epochs averaged", short, AVERAGED)
 
     def _stepped(self) -> Iterator[Entry]:
-        falling = stepped(self.epochs)
+        falling = self.scale.stepped(self.epochs)
         yield self._stock("baseline, steps", falling)
         yield self._run("fused, steps", falling)
         yield self._run("WUS+LR", self._decided(falling))
 
     def _stepped_rivals(self) -> Iterator[Entry]:
-        price = self._cost(self._decided(stepped(self.epochs)))
-        yield self._stock("baseline, steps, in its time", stepped(round(price)))
-        yield self._run("fused, steps, in its time", stepped(round(price / self.full)))
+        price = self._cost(self._decided(self.scale.stepped(self.epochs)))
+        yield self._stock("baseline, steps, in its time", self.scale.stepped(round(price)))
+        yield self._run("fused, steps, in its time", self.scale.stepped(round(price / self.full)))
 
     def _ending(self) -> tuple[Epoch, ...]:
-        return self._decided(constant(self.epochs), total_epochs=self.epochs, final_window=1)
+        return self._decided(
+            self.scale.constant(self.epochs), total_epochs=self.epochs, final_window=1
+        )
 
     def _decided(self, path: Sequence[Epoch], **more: Any) -> tuple[Epoch, ...]:
         return self.runs.decided(len(path), Skipping(path, **settings(CHOSEN), **more))
@@ -243,16 +296,17 @@ class Plan:
         return Entry(method, tuple(path), self._cost(path) + self.forward, (record,))
 
 
-def train(units: Sequence[Unit], data_dir: Path, out: Path, images: dict[str, Any]) -> None:
+def train(units: Sequence[Unit], data_dir: Path, out: Path) -> None:
     """What is missing of these, but for those that another process works on."""
     for unit in units:
         with claimed(out / str(unit)) as free:
             if free and not (out / str(unit) / "done").exists():
-                runs = open_runs(unit, data_dir, out, images)
                 if unit == CHOICE_UNIT:
+                    runs = open_runs(unit, data_dir, out, CHOICE_IMAGES)
                     choose(runs)
                 else:
-                    for _ in Plan(runs, unit.network).entries():
+                    runs = open_runs(unit, data_dir, out, unit.scale.images)
+                    for _ in Plan(runs, unit).entries():
                         pass
                 runs.store.drop_checkpoints()
                 (out / str(unit) / "done").touch()

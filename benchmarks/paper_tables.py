@@ -13,13 +13,11 @@ from common import table
 from paper import (
     CHOICE,
     CHOICE_UNIT,
-    COSTS,
     EPOCHS,
     Entry,
     Plan,
     Skipping,
     Unit,
-    constant,
     settings,
 )
 
@@ -74,7 +72,7 @@ def draw_units(units: Mapping[Unit, Sequence[Entry]], file: BinaryIO) -> None:
     """The package's picture of a comparison, with costs for times."""
     runs = []
     for unit, entries in units.items():
-        full, skip, _ = COSTS[unit.network]
+        full, skip, _ = unit.scale.costs[unit.network]
         for entry in entries:
             if entry.method in SHOWN:
                 costs = (1.0, 1.0) if entry.method.startswith("baseline") else (full, skip)
@@ -88,7 +86,7 @@ def report(units: Sequence[Unit], out: Path, plot: Path | None) -> None:
     found = {
         unit: entries
         for unit in units
-        if (entries := list(Plan(Kept(Store(out / str(unit))), unit.network).entries()))
+        if (entries := list(Plan(Kept(Store(out / str(unit))), unit).entries()))
     }
     for pair in dict.fromkeys((unit.network, unit.dataset) for unit in found):
         seeds = [entries for unit, entries in found.items() if (unit.network, unit.dataset) == pair]
@@ -103,11 +101,12 @@ def report(units: Sequence[Unit], out: Path, plot: Path | None) -> None:
 def report_choice(out: Path) -> None:
     """The settings to choose from, by validation accuracy after the last epoch."""
     runs = Kept(Store(out / str(CHOICE_UNIT)))
-    full, skip, _ = COSTS["small"]
+    scale = CHOICE_UNIT.scale
+    full, skip, _ = scale.costs["small"]
     shown = []
     for choice in (None, *CHOICE):
         for final_window in (0, 1):
-            flat = constant(EPOCHS)
+            flat = scale.constant(EPOCHS)
             more = {"total_epochs": EPOCHS, "final_window": final_window}
             with suppress(Missing):
                 path = (

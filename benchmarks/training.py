@@ -2,6 +2,7 @@
 
     python benchmarks/training.py choose --data-dir DIRS
     python benchmarks/training.py paper --networks vgg11_bn --seeds 3 --data-dir DIRS
+    python benchmarks/training.py paper --device cuda --data-dir DIRS
     python benchmarks/training.py paper --report
     python benchmarks/training.py cifar10 alexnet --seeds 3 --data-dir DIR
     python benchmarks/training.py digits vgg11_bn --seeds 3
@@ -167,24 +168,25 @@ def _add_shared_arguments(commands: Any) -> None:
     shared.add_argument("--networks", nargs="+", choices=networks, default=list(NETWORKS))
     shared.add_argument("--datasets", nargs="+", choices=paper.DATASETS, default=paper.DATASETS)
     shared.add_argument("--seeds", type=int, default=1)
+    shared.add_argument("--device", choices=paper.SCALES, default="cpu", help="and so the scale")
     shared.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
 
 
 def train_paper(args: argparse.Namespace) -> None:
     units = [
-        paper.Unit(network, dataset, seed)
+        paper.Unit(network, dataset, seed, args.device)
         for seed in range(args.seeds)
         for network in args.networks
         for dataset in args.datasets
     ]
     if not args.report:
-        paper.train(units, _data_dir(args), args.out, paper.IMAGES)
+        paper.train(units, _data_dir(args), args.out)
     paper_tables.report(units, args.out, args.plot)
 
 
 def choose_settings(args: argparse.Namespace) -> None:
     if not args.report:
-        paper.train([paper.CHOICE_UNIT], _data_dir(args), args.out, paper.CHOICE_IMAGES)
+        paper.train([paper.CHOICE_UNIT], _data_dir(args), args.out)
     paper_tables.report_choice(args.out)
 
 

@@ -23,18 +23,19 @@ def build(classes):
     return nn.Sequential(layers[0], nn.BatchNorm2d(4), *layers[1:])
 
 
-def runs(folder, said=None):
+def runs(folder, said=None, keep=1):
     data = tiny.data(validation=12)
     say = (lambda line: None) if said is None else said.append
-    return Runs(CONFIG, data, Store(folder), build=build, say=say)
+    return Runs(CONFIG, data, Store(folder), keep=keep, build=build, say=say)
 
 
 def accuracies(records):
     return [(record["train_loss"], record["test_accuracy"]) for record in records]
 
 
-def test_a_branch_is_the_run_that_it_would_be_alone(tmp_path):
-    shared, paths = runs(tmp_path / "shared"), []
+@pytest.mark.parametrize("keep", [1, 3, 10])
+def test_a_branch_is_the_run_that_it_would_be_alone(tmp_path, keep):
+    shared, paths = runs(tmp_path / "shared", keep=keep), []
     paths.append((FULL, FULL, FULL, FULL))
     paths.append((FULL, FULL, SKIP, FULL))
     paths.append((FULL, FULL, SKIP, SKIP))

@@ -17,13 +17,12 @@ _MOMENTA = ("momentum_buffer", "exp_avg")
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of ``config`` for all parameters of ``model``."""
-    fused = True if config.torch_device().type == "cpu" else None  # the fastest of each device
-    given: dict[str, Any] = {"lr": config.rate(), "weight_decay": config.weight_decay}
+    given: dict[str, Any] = {
+        "lr": config.rate(), "weight_decay": config.weight_decay, "fused": True
+    }  # fmt: skip
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), **given, fused=fused, capturable=config.cuda_graphs
-        )
-    return torch.optim.SGD(model.parameters(), **given, momentum=config.momentum, fused=fused)
+        return torch.optim.AdamW(model.parameters(), **given, capturable=config.cuda_graphs)
+    return torch.optim.SGD(model.parameters(), **given, momentum=config.momentum)
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
