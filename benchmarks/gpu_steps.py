@@ -4,11 +4,11 @@
     python benchmarks/gpu_steps.py --models vgg16 --batch-sizes 128 --norm frozen
     python benchmarks/gpu_steps.py --models vgg16 --epilogues cublaslt cudnn
 
-"fused" is a full step on the skip step's kernels (full="fused"). "graph" replays a CUDA graph of the
-whole step. Medians of interleaved rounds, each a few steps; all
-ratios are to a stock step of the same run. "skip, epilogues" masks gradients for the layer below in
-the products that make them, as ``convert(model, epilogues=...)``. A variant that fails is named and
-left out. On the CPU only the eager variants run.
+"fused" is a full step on the skip step's kernels (full="fused"). "graph" replays a CUDA graph of
+the whole step. Medians of interleaved rounds, each a few steps; all ratios are to a stock step of
+the same run. "skip, epilogues" masks gradients for the layer below in the products that make them,
+as ``convert(model, epilogues=...)``. A variant that fails is named and left out. On the CPU only
+the eager variants run.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def made(name: str, size: int, args: argparse.Namespace) -> dict[str, Callable[[
     def step(model):
         return Step(model, images, labels, dtype)
 
-    def skip(epilogues=()):
+    def skip(epilogues=(), compiled=False):
         model = wus_ext.convert(copy.deepcopy(stock), norm=args.norm, epilogues=epilogues)
         wus_ext.set_skip(model, True)
-        return step(model)
+        return step(torch.compile(model) if compiled else model)
 
     def fused():
         return step(wus_ext.convert(copy.deepcopy(stock), norm=args.norm, full="fused"))
@@ -68,6 +68,7 @@ def made(name: str, size: int, args: argparse.Namespace) -> dict[str, Callable[[
     if args.device == "cuda" and args.compile:
         variants["full, compiled"] = lambda: step(torch.compile(copy.deepcopy(stock)))
         variants["frozen, compiled"] = lambda: step(torch.compile(freeze(copy.deepcopy(stock))))
+        variants["skip, compiled"] = lambda: skip(compiled=True)
     return variants
 
 

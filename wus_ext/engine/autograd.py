@@ -174,8 +174,9 @@ class ConvNormAct(torch.autograd.Function):
         z, mean, var = algorithm.forward_stats(input, bias)
         count = z.numel() // z.size(1)
         if norm.running_mean is not None:
+            seen = mean if bias is None or algorithm.adds_bias else mean + bias
             ops.batch_norm_update_running(
-                norm.running_mean, norm.running_var, mean, var, norm.momentum, count
+                norm.running_mean, norm.running_var, seen, var, norm.momentum, count
             )
         scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
         output, mask = ops.batch_norm_apply(z, scale, shift, residual, *act.arguments)

@@ -31,7 +31,7 @@ struct StoreTwo {
 // then, and an outlier's own square outweighs what it makes the others lose. Moments about zero,
 // which add up, are formed from that in double.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
+__global__ void __launch_bounds__(kThreads, kSumBlocksAnSM)
     moments_kernel(const T* __restrict__ input, double* __restrict__ partial, int64_t rows,
                    int64_t channels) {
   const int64_t first = int64_t{blockIdx.y} * blockDim.y + threadIdx.y, c0 = first_channel();
@@ -42,8 +42,10 @@ __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
   }
   float sum[kOctet] = {}, squares[kOctet] = {};
   int n = 0;
-  for_octets<4>(rows, channels, [=, &sum, &squares, &n](int64_t r, int64_t c, int lanes) {
-    const Octet<T> x = load<kVector>(input + r * channels + c, lanes);
+  const auto fetch = [=](int64_t r, int64_t c, int lanes) {
+    return load<kVector>(input + r * channels + c, lanes);
+  };
+  const auto add = [=, &sum, &squares, &n](int64_t, int64_t, int, const Octet<T>& x) {
     ++n;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
@@ -51,7 +53,8 @@ __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
       sum[k] += d;
       squares[k] = fmaf(d, d, squares[k]);
     }
-  });
+  };
+  for_octets<kRowsAtOnce<T, kVector>>(rows, channels, fetch, add);
   double moment[kOctet];
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) moment[k] = n * static_cast<double>(pivot.lane[k]) + sum[k];
@@ -64,61 +67,95 @@ __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
   leave_partial(moment, channels, partial + gridDim.y * channels);
 }
 
-// The gradient that passes the activation, at a row of the input; not for pooling.
-template <class T, bool kVector>
-__device__ __forceinline__ Octet<T> gated(const NormGrad<T>& op,
-                                          const AffineOctet<T, kVector>& affine, const Octet<T>& x,
-                                          int64_t r, int64_t c, int lanes) {
-  Octet<T> g = load<kVector>(op.grad + r * op.channels + c, lanes);
-  if (!op.relu) return g;
-  const unsigned bits = op.mask ? op.mask[r * mask_bytes(op.channels) + c / kOctet] : 0;
+// How backward knows what passed the activation.
+enum class Gate { kOpen, kBits, kValues, kCodes };
+
+template <class T>
+struct Row {
+  Octet<T> grad, x;
+  unsigned bits;
+};
+
+// A row of the input, as it is read; not for pooling.
+template <class T, bool kVector, Gate kGate>
+__device__ __forceinline__ Row<T> read_row(const NormGrad<T>& op, int64_t r, int64_t c, int lanes) {
+  Row<T> row;
+  row.grad = load<kVector>(op.grad + r * op.channels + c, lanes);
+  row.x = load<kVector>(op.x + r * op.channels + c, lanes);
+  if constexpr (kGate == Gate::kBits) row.bits = op.mask[r * mask_bytes(op.channels) + c / kOctet];
+  return row;
+}
+
+// The gradient that passes the activation.
+template <Gate kGate, class T, bool kVector>
+__device__ __forceinline__ Octet<T> gated(const Row<T>& row,
+                                          const AffineOctet<T, kVector>& affine) {
+  Octet<T> g = row.grad;
+  if constexpr (kGate == Gate::kOpen) return g;
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) {
-    const bool keep =
-        op.mask ? bits >> k & 1 : !(static_cast<float>(static_cast<T>(affine(x.lane[k], k))) <= 0);
+    bool keep;
+    if constexpr (kGate == Gate::kBits) {
+      keep = row.bits >> k & 1;
+    } else {
+      keep = !(static_cast<float>(static_cast<T>(affine(row.x.lane[k], k))) <= 0);
+    }
     if (!keep) g.lane[k] = static_cast<T>(0.f);
   }
   return g;
 }
 
-template <class T, bool kVector, bool kPool>
+// What a pooled row needs of its window: of each only the element that won passes a gradient.
+template <class T, bool kVector>
+__device__ __forceinline__ Row<T> read_window(const NormGrad<T>& op, int64_t r, int64_t c,
+                                              int lanes) {
+  Row<T> row;
+  row.grad = load<kVector>(op.grad + r * op.channels + c, lanes);
+  const Octet<uint8_t> code = load<kVector>(op.mask + r * op.channels + c, lanes);
+  const Window window(op.height, op.width, r);
+  Octet<T> pixel[4];
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    pixel[p] = load<kVector>(op.x + window.pixel(p) * op.channels + c, lanes);
+  }
+#pragma unroll
+  for (int k = 0; k < kOctet; ++k) {
+    row.x.lane[k] = pixel[0].lane[k];
+#pragma unroll
+    for (int p = 1; p < 4; ++p) {
+      if (code.lane[k] == p) row.x.lane[k] = pixel[p].lane[k];
+    }
+    if (code.lane[k] == kNothingPositive) row.grad.lane[k] = static_cast<T>(0.f);
+  }
+  return row;
+}
+
+template <class T, bool kVector, Gate kGate>
 __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
     grad_sums_kernel(NormGrad<T> op, const float* __restrict__ mean, double* __restrict__ partial) {
   const AffineOctet<T, kVector> affine(op.affine, op.channels);
   const AffineOctet<T, kVector> means(Affine{nullptr, mean}, op.channels);
   float sum[kOctet] = {}, sum_xmu[kOctet] = {};
-  for_octets<2>(op.rows, op.channels, [&](int64_t r, int64_t c, int lanes) {
-    Octet<T> g, x;
-    if constexpr (kPool) {
-      // Of each window only the element that won passes a gradient.
-      g = load<kVector>(op.grad + r * op.channels + c, lanes);
-      const Octet<uint8_t> code = load<kVector>(op.mask + r * op.channels + c, lanes);
-      const Window window(op.height, op.width, r);
-      Octet<T> pixel[4];
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        pixel[p] = load<kVector>(op.x + window.pixel(p) * op.channels + c, lanes);
-      }
-#pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        x.lane[k] = pixel[0].lane[k];
-#pragma unroll
-        for (int p = 1; p < 4; ++p) {
-          if (code.lane[k] == p) x.lane[k] = pixel[p].lane[k];
-        }
-        if (code.lane[k] == kNothingPositive) g.lane[k] = static_cast<T>(0.f);
-      }
+  const auto fetch = [&](int64_t r, int64_t c, int lanes) {
+    if constexpr (kGate == Gate::kCodes) {
+      return read_window<T, kVector>(op, r, c, lanes);
     } else {
-      x = load<kVector>(op.x + r * op.channels + c, lanes);
-      g = gated(op, affine, x, r, c, lanes);
+      return read_row<T, kVector, kGate>(op, r, c, lanes);
     }
+  };
+  const auto add = [&](int64_t, int64_t, int, const Row<T>& row) {
+    Octet<T> g = row.grad;
+    if constexpr (kGate != Gate::kCodes) g = gated<kGate>(row, affine);
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       const float gradient = static_cast<float>(g.lane[k]);
+      const float deviation = static_cast<float>(row.x.lane[k]) - means.shift.lane[k];
       sum[k] += gradient;
-      sum_xmu[k] = fmaf(gradient, static_cast<float>(x.lane[k]) - means.shift.lane[k], sum_xmu[k]);
+      sum_xmu[k] = fmaf(gradient, deviation, sum_xmu[k]);
     }
-  });
+  };
+  constexpr int kBatch = kGate == Gate::kCodes ? 2 : kRowsAtOnce<T, true>;
+  for_octets<kVector ? kBatch : 1>(op.rows, op.channels, fetch, add);
   double total[kOctet];
 #pragma unroll
   for (int k = 0; k < kOctet; ++k) total[k] = sum[k];
@@ -128,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
   leave_partial(total, op.channels, partial + gridDim.y * op.channels);
 }
 
-template <class T, bool kVector, bool kPool>
+template <class T, bool kVector, Gate kGate>
 __global__ void __launch_bounds__(kThreads)
     grad_input_kernel(NormGrad<T> op, const float* __restrict__ a, const float* __restrict__ b,
                       const float* __restrict__ c0, T* __restrict__ grad_input,
@@ -136,35 +173,57 @@ __global__ void __launch_bounds__(kThreads)
   const AffineOctet<T, kVector> affine(op.affine, op.channels);
   const AffineOctet<T, kVector> bx_c(Affine{b, c0}, op.channels);
   const AffineOctet<T, kVector> as(Affine{nullptr, a}, op.channels);
-  for_octets<1>(op.rows, op.channels, [&](int64_t r, int64_t c, int lanes) {
-    const auto put = [&](int64_t pixel, const Octet<T>& x, const Octet<T>& g) {
-      Octet<T> result;
+  const auto put = [&](int64_t pixel, int64_t c, int lanes, const Octet<T>& x, const Octet<T>& g) {
+    Octet<T> result;
 #pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        result.lane[k] = static_cast<T>(
-            fmaf(static_cast<float>(g.lane[k]), as.shift.lane[k], bx_c(x.lane[k], k)));
-      }
-      store<kVector>(grad_input + pixel * op.channels + c, result, lanes);
+    for (int k = 0; k < kOctet; ++k) {
+      result.lane[k] =
+          static_cast<T>(fmaf(static_cast<float>(g.lane[k]), as.shift.lane[k], bx_c(x.lane[k], k)));
+    }
+    store<kVector>(grad_input + pixel * op.channels + c, result, lanes);
+  };
+  if constexpr (kGate == Gate::kCodes) {
+    const auto fetch = [&](int64_t r, int64_t c, int lanes) {
+      return Pooled<T>{load<kVector>(op.grad + r * op.channels + c, lanes),
+                       load<kVector>(op.mask + r * op.channels + c, lanes)};
     };
-    if constexpr (kPool) {
-      const Octet<T> g = load<kVector>(op.grad + r * op.channels + c, lanes);
-      const Octet<uint8_t> code = load<kVector>(op.mask + r * op.channels + c, lanes);
+    const auto put_window = [&](int64_t r, int64_t c, int lanes, const Pooled<T>& read) {
       const auto put_pixel = [&](int64_t pixel, int position) {
         Octet<T> passed;
 #pragma unroll
         for (int k = 0; k < kOctet; ++k) {
-          passed.lane[k] = code.lane[k] == position ? g.lane[k] : static_cast<T>(0.f);
+          passed.lane[k] = read.code.lane[k] == position ? read.grad.lane[k] : static_cast<T>(0.f);
         }
-        put(pixel, load<kVector>(op.x + pixel * op.channels + c, lanes), passed);
+        put(pixel, c, lanes, load<kVector>(op.x + pixel * op.channels + c, lanes), passed);
       };
       Window(op.height, op.width, r).for_pixels(put_pixel);
-    } else {
-      const Octet<T> x = load<kVector>(op.x + r * op.channels + c, lanes);
-      const Octet<T> g = gated(op, affine, x, r, c, lanes);
+    };
+    for_octets<1>(op.rows, op.channels, fetch, put_window);
+  } else {
+    const auto fetch = [&](int64_t r, int64_t c, int lanes) {
+      return read_row<T, kVector, kGate>(op, r, c, lanes);
+    };
+    const auto put_row = [&](int64_t r, int64_t c, int lanes, const Row<T>& row) {
+      const Octet<T> g = gated<kGate>(row, affine);
       if (grad_residual) store<kVector>(grad_residual + r * op.channels + c, g, lanes);
-      put(r, x, g);
-    }
-  });
+      put(r, c, lanes, row.x, g);
+    };
+    for_octets<kVector ? 2 : 1>(op.rows, op.channels, fetch, put_row);
+  }
+}
+
+// run(kernel's gate) as the operation asks for it.
+template <class T, class Run>
+void with_gate(const NormGrad<T>& op, Run run) {
+  if (op.pooled) {
+    run(std::integral_constant<Gate, Gate::kCodes>{});
+  } else if (!op.relu) {
+    run(std::integral_constant<Gate, Gate::kOpen>{});
+  } else if (op.mask) {
+    run(std::integral_constant<Gate, Gate::kBits>{});
+  } else {
+    run(std::integral_constant<Gate, Gate::kValues>{});
+  }
 }
 
 __device__ __forceinline__ int64_t own_channel() {
@@ -241,9 +300,10 @@ void norm_grad_sums(const NormGrad<T>& op, const float* mean, double* partial, d
   const Cover c = sum_cover(op.rows, op.channels);
   with_vector(
       [&](auto vector) {
-        auto kernel = op.pooled ? grad_sums_kernel<T, vector.value, true>
-                                : grad_sums_kernel<T, vector.value, false>;
-        launch(kernel, c.grid, c.block, stream, op, mean, partial);
+        with_gate(op, [&](auto gate) {
+          launch(grad_sums_kernel<T, vector.value, gate.value>, c.grid, c.block, stream, op, mean,
+                 partial);
+        });
       },
       op.channels, op.grad, op.x, op.pooled ? op.mask : nullptr, op.affine.scale, op.affine.shift,
       mean);
@@ -256,9 +316,10 @@ void norm_grad_input(const NormGrad<T>& op, const float* a, const float* b, cons
   const Cover c = cover(op.rows, op.channels, 1, kMaxBlocks);
   with_vector(
       [&](auto vector) {
-        auto kernel = op.pooled ? grad_input_kernel<T, vector.value, true>
-                                : grad_input_kernel<T, vector.value, false>;
-        launch(kernel, c.grid, c.block, stream, op, a, b, c0, grad_input, grad_residual);
+        with_gate(op, [&](auto gate) {
+          launch(grad_input_kernel<T, vector.value, gate.value>, c.grid, c.block, stream, op, a, b,
+                 c0, grad_input, grad_residual);
+        });
       },
       op.channels, op.grad, op.x, op.pooled ? op.mask : nullptr, op.affine.scale, op.affine.shift,
       a, b, c0, grad_input, grad_residual);

@@ -17,9 +17,11 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t seed = random.seed_at ? static_cast<uint64_t>(*random.seed_at) : random.seed;
   const uint64_t offset =
       random.offset + (random.offset_at ? static_cast<uint64_t>(*random.offset_at) : 0);
-  for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
-    const int64_t i = r * channels + c, octet = r * bytes + c / kOctet;
-    Octet<T> x = load<kVector>(input + i, lanes);
+  const auto fetch = [=](int64_t r, int64_t c, int lanes) {
+    return load<kVector>(input + r * channels + c, lanes);
+  };
+  for_octets<1>(rows, channels, fetch, [=](int64_t r, int64_t c, int lanes, Octet<T> x) {
+    const int64_t octet = r * bytes + c / kOctet;
     unsigned bits = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
         bits |= (chosen && positive && k < lanes ? 1u : 0u) << k;
       }
     }
-    store<kVector>(output + i, x, lanes);
+    store<kVector>(output + r * channels + c, x, lanes);
     mask[octet] = static_cast<uint8_t>(bits);
   });
 }

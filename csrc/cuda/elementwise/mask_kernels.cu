@@ -6,50 +6,68 @@
 namespace wus::cuda {
 namespace {
 
+constexpr int kBlocksAnSM = 4;  // at least, of what sums nothing
+
+template <class T>
+struct Pair {
+  Octet<T> first, second;
+};
+
+template <class T>
+struct Masked {
+  Octet<T> octet;
+  unsigned bits;
+};
+
 // input and output may be the same memory, so neither is __restrict__.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     relu_kernel(const T* input, Affine affine, const T* __restrict__ other, bool relu, T* output,
                 uint8_t* __restrict__ mask, int64_t rows, int64_t channels) {
   const int64_t bytes = mask_bytes(channels);
   const AffineOctet<T, kVector> scaled(affine, channels);
-  for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
-    const int64_t i = r * channels + c;
-    Octet<T> x = load<kVector>(input + i, lanes);
-    Octet<T> z;
-    if (other) z = load<kVector>(other + i, lanes);
-    unsigned bits = 0;
+  const auto fetch = [=](int64_t r, int64_t c, int lanes) {
+    Pair<T> read;
+    read.first = load<kVector>(input + r * channels + c, lanes);
+    if (other) read.second = load<kVector>(other + r * channels + c, lanes);
+    return read;
+  };
+  for_octets<std::max(1, kRowsAtOnce<T, kVector> / 2)>(
+      rows, channels, fetch, [=](int64_t r, int64_t c, int lanes, const Pair<T>& read) {
+        Octet<T> x = read.first;
+        unsigned bits = 0;
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) {
-      float y = scaled(x.lane[k], k);
-      if (other) y += static_cast<float>(z.lane[k]);
-      x.lane[k] = static_cast<T>(y);
-      if (!relu) continue;
-      const bool keep = !(static_cast<float>(x.lane[k]) <= 0);  // keeps NaN
-      if (!keep) x.lane[k] = static_cast<T>(0.f);
-      bits |= (keep ? 1u : 0u) << k;
-    }
-    store<kVector>(output + i, x, lanes);
-    if (mask) mask[r * bytes + c / kOctet] = static_cast<uint8_t>(bits);
-  });
+        for (int k = 0; k < kOctet; ++k) {
+          float y = scaled(x.lane[k], k);
+          if (other) y += static_cast<float>(read.second.lane[k]);
+          x.lane[k] = static_cast<T>(y);
+          if (!relu) continue;
+          const bool keep = !(static_cast<float>(x.lane[k]) <= 0);  // keeps NaN
+          if (!keep) x.lane[k] = static_cast<T>(0.f);
+          bits |= (keep ? 1u : 0u) << k;
+        }
+        store<kVector>(output + r * channels + c, x, lanes);
+        if (mask) mask[r * bytes + c / kOctet] = static_cast<uint8_t>(bits);
+      });
 }
 
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     apply_mask_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask, float scale,
                       T* __restrict__ output, int64_t rows, int64_t channels) {
   const int64_t bytes = mask_bytes(channels);
-  for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
-    const int64_t i = r * channels + c;
-    Octet<T> g = load<kVector>(grad + i, lanes);
-    const unsigned bits = mask[r * bytes + c / kOctet];
+  const auto fetch = [=](int64_t r, int64_t c, int lanes) {
+    return Masked<T>{load<kVector>(grad + r * channels + c, lanes), mask[r * bytes + c / kOctet]};
+  };
+  for_octets<std::max(1, kRowsAtOnce<T, kVector> / 2)>(
+      rows, channels, fetch, [=](int64_t r, int64_t c, int lanes, Masked<T> read) {
 #pragma unroll
-    for (int k = 0; k < kOctet; ++k) {
-      const float scaled = static_cast<float>(g.lane[k]) * scale;
-      g.lane[k] = static_cast<T>(bits >> k & 1 ? scaled : 0.f);
-    }
-    store<kVector>(output + i, g, lanes);
-  });
+        for (int k = 0; k < kOctet; ++k) {
+          const float scaled = static_cast<float>(read.octet.lane[k]) * scale;
+          read.octet.lane[k] = static_cast<T>(read.bits >> k & 1 ? scaled : 0.f);
+        }
+        store<kVector>(output + r * channels + c, read.octet, lanes);
+      });
 }
 
 template <bool kVector>
@@ -57,8 +75,10 @@ __global__ void __launch_bounds__(kThreads)
     unpack_mask_kernel(const uint8_t* __restrict__ mask, int8_t* __restrict__ output, int64_t rows,
                        int64_t channels) {
   const int64_t bytes = mask_bytes(channels);
-  for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
-    const unsigned bits = mask[r * bytes + c / kOctet];
+  const auto fetch = [=](int64_t r, int64_t c, int) -> unsigned {
+    return mask[r * bytes + c / kOctet];
+  };
+  for_octets<4>(rows, channels, fetch, [=](int64_t r, int64_t c, int lanes, unsigned bits) {
     Octet<int8_t> flags;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) flags.lane[k] = static_cast<int8_t>(bits >> k & 1);
@@ -73,17 +93,20 @@ __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM)
                           int64_t channels) {
   const int64_t bytes = mask_bytes(channels);
   float sum[kOctet] = {};
-  for_octets<4>(rows, channels, [=, &sum](int64_t r, int64_t c, int lanes) {
-    const int64_t i = r * channels + c;
-    Octet<T> g = load<kVector>(grad + i, lanes);
-    const unsigned bits = kMasked ? mask[r * bytes + c / kOctet] : 0xff;
+  const auto fetch = [=](int64_t r, int64_t c, int lanes) {
+    return Masked<T>{load<kVector>(grad + r * channels + c, lanes),
+                     kMasked ? mask[r * bytes + c / kOctet] : 0xffu};
+  };
+  const auto add = [=, &sum](int64_t r, int64_t c, int lanes, Masked<T> read) {
+    Octet<T>& g = read.octet;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
-      if (!(bits >> k & 1)) g.lane[k] = static_cast<T>(0.f);
+      if (!(read.bits >> k & 1)) g.lane[k] = static_cast<T>(0.f);
       sum[k] += static_cast<float>(g.lane[k]);
     }
-    if constexpr (kStore) store<kVector>(grad_input + i, g, lanes);
-  });
+    if constexpr (kStore) store<kVector>(grad_input + r * channels + c, g, lanes);
+  };
+  for_octets<kRowsAtOnce<T, kVector>>(rows, channels, fetch, add);
   leave_partial(sum, channels, partial);
 }
 

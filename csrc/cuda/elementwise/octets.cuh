@@ -17,7 +17,7 @@ namespace wus::cuda {
 constexpr int kOctet = 8;
 constexpr int kThreads = 256;
 constexpr int kOctetsAbreast = 32;  // at most, in a block: 512 bytes of halves
-constexpr int kMaxBlocks = 8192;    // of kernels that sum nothing
+constexpr int kMaxBlocks = 1056;    // of kernels that sum nothing
 
 struct Cover {
   dim3 grid, block;
@@ -40,22 +40,41 @@ __device__ __forceinline__ int64_t first_channel() {
   return (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kOctet;
 }
 
-// body(row, channel, lanes): an octet at the end of a row may have fewer than eight lanes.
-template <int kUnroll, class Body>
-__device__ __forceinline__ void for_octets(int64_t rows, int64_t channels, Body body) {
+// body(row, channel, lanes, fetch(row, channel, lanes)): an octet at the end of a row may have
+// fewer than eight lanes. What kBatch rows need is fetched before the first of them is computed, so
+// that enough reads are under way at a time; a compiler moves none of them past a write or a
+// branch.
+template <int kBatch, class Fetch, class Body>
+__device__ __forceinline__ void for_octets(int64_t rows, int64_t channels, Fetch fetch, Body body) {
   const int64_t c = first_channel();
   if (c >= channels) return;
   const int lanes = channels - c < kOctet ? static_cast<int>(channels - c) : kOctet;
   const int64_t stride = int64_t{gridDim.y} * blockDim.y;
-#pragma unroll kUnroll
-  for (int64_t r = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; r < rows; r += stride) {
-    body(r, c, lanes);
+  int64_t r = int64_t{blockIdx.y} * blockDim.y + threadIdx.y;
+  for (; r + (kBatch - 1) * stride < rows; r += kBatch * stride) {
+    decltype(fetch(r, c, lanes)) fetched[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) fetched[i] = fetch(r + i * stride, c, lanes);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) body(r + i * stride, c, lanes, fetched[i]);
   }
+  for (; r < rows; r += stride) body(r, c, lanes, fetch(r, c, lanes));
 }
 
 template <class T>
 struct alignas(sizeof(T) * kOctet < 16 ? sizeof(T) * kOctet : 16) Octet {
   T lane[kOctet];
+};
+
+// Rows to read at a time: 64 bytes a tensor, or one row where single elements are read.
+template <class T, bool kVector>
+constexpr int kRowsAtOnce = kVector ? 8 / static_cast<int>(sizeof(T)) : 1;
+
+// A pooled gradient, and where it goes.
+template <class T>
+struct Pooled {
+  Octet<T> grad;
+  Octet<uint8_t> code;
 };
 
 // With kVector every octet is whole and aligned.

@@ -6,6 +6,11 @@
 namespace wus::cuda {
 namespace {
 
+template <class T>
+struct Pixels {
+  Octet<T> at[4];
+};
+
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     relu_max_pool_kernel(const T* __restrict__ input, Affine affine, int64_t height, int64_t width,
@@ -16,20 +21,26 @@ __global__ void __launch_bounds__(kThreads)
   const auto value = [&scaled](T x, int k) {
     return static_cast<float>(static_cast<T>(scaled(x, k)));
   };
-  for_octets<1>(rows, channels, [=](int64_t r, int64_t c, int lanes) {
+  const auto fetch = [=](int64_t r, int64_t c, int lanes) {
     const Window window(height, width, r);
-    Octet<T> x[4];
+    Pixels<T> x;
 #pragma unroll
-    for (int p = 0; p < 4; ++p) x[p] = load<kVector>(input + window.pixel(p) * channels + c, lanes);
+    for (int p = 0; p < 4; ++p) {
+      x.at[p] = load<kVector>(input + window.pixel(p) * channels + c, lanes);
+    }
+    return x;
+  };
+  for_octets<1>(rows, channels, fetch, [=](int64_t r, int64_t c, int lanes, const Pixels<T>& x) {
+    Octet<T> largest;
     Octet<uint8_t> where;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       // The first of equals, and the last NaN, as torch has it.
-      float best = value(x[0].lane[k], k);
+      float best = value(x.at[0].lane[k], k);
       int position = 0;
 #pragma unroll
       for (int p = 1; p < 4; ++p) {
-        const float next = value(x[p].lane[k], k);
+        const float next = value(x.at[p].lane[k], k);
         if (next > best || next != next) {
           best = next;
           position = p;
@@ -39,23 +50,26 @@ __global__ void __launch_bounds__(kThreads)
         best = 0;
         position = kNothingPositive;
       }
-      x[0].lane[k] = static_cast<T>(best);
+      largest.lane[k] = static_cast<T>(best);
       where.lane[k] = static_cast<uint8_t>(position);
     }
-    store<kVector>(output + r * channels + c, x[0], lanes);
+    store<kVector>(output + r * channels + c, largest, lanes);
     store<kVector>(code + r * channels + c, where, lanes);
   });
 }
 
 template <class T, bool kVector, bool kStore>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kSumBlocksAnSM / 2)
     max_pool_bias_grad_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ code,
                               int64_t height, int64_t width, T* __restrict__ grad_input,
                               float* __restrict__ partial, int64_t rows, int64_t channels) {
   float sum[kOctet] = {};
-  for_octets<2>(rows, channels, [=, &sum](int64_t r, int64_t c, int lanes) {
-    const Octet<T> g = load<kVector>(grad + r * channels + c, lanes);
-    const Octet<uint8_t> where = load<kVector>(code + r * channels + c, lanes);
+  const auto fetch = [=](int64_t r, int64_t c, int lanes) {
+    return Pooled<T>{load<kVector>(grad + r * channels + c, lanes),
+                     load<kVector>(code + r * channels + c, lanes)};
+  };
+  const auto add = [=, &sum](int64_t r, int64_t c, int lanes, const Pooled<T>& read) {
+    const auto& [g, where] = read;
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       if (where.lane[k] != kNothingPositive) sum[k] += static_cast<float>(g.lane[k]);
@@ -71,7 +85,8 @@ __global__ void __launch_bounds__(kThreads)
       };
       Window(height, width, r).for_pixels(put);
     }
-  });
+  };
+  for_octets<kVector ? 2 : 1>(rows, channels, fetch, add);
   leave_partial(sum, channels, partial);
 }
 

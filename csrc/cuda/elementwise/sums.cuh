@@ -8,7 +8,7 @@
 namespace wus::cuda {
 
 constexpr int kRowsAThread = 8;
-constexpr int kMaxSumBlocks = 1024;
+constexpr int kMaxSumBlocks = 512;
 constexpr int kSumBlocksAnSM = 4;  // at least: 64 registers, enough to load four rows at once
 
 inline Cover sum_cover(int64_t rows, int64_t channels) {

@@ -75,6 +75,9 @@ class Algorithm(ABC):
     geometry: Geometry
     #: For people.
     name: str
+    #: Whether `forward_stats` adds the bias, which a normalisation takes away again; where it does
+    #: not, all is as if it had, but for the mean.
+    adds_bias = True
 
     @abstractmethod
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +102,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """conv(input) + bias, and each channel's mean and biased variance."""
+        """conv(input) + bias, and each channel's mean and biased variance; see `adds_bias`."""
 
     @abstractmethod
     def dgrad(self, grad: Tensor) -> Tensor:
@@ -226,6 +229,7 @@ class OnGpu(Direct):
     """
 
     name = "cuDNN"
+    adds_bias = False  # a pass of its own over the output
 
     def forward(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor | None]:
         if bias is None:
@@ -240,7 +244,9 @@ class OnGpu(Direct):
         return self._shift(self._convolve(input, None), bias, residual, act)
 
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return super().forward_stats(input, None if bias is None else bias.to(input.dtype))
+        output, mean, var = super().forward_stats(input, None)
+        # What is not finite makes all behind the normalisation NaN.
+        return output, mean if bias is None else mean.add(bias, alpha=0), var
 
     def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
         return super().wgrad(grad, trained._replace(weight=self.weight))
