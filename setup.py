@@ -115,7 +115,9 @@ def find_cuda():
     if os.environ.get("FORCE_CUDA") == "1":
         version = torch.version.cuda
         hint = (
-            f'; try: pip install "cuda-toolkit[nvcc,cccl,cudart]=={version}.*"' if version else ""
+            f'; try: pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]=={version}.*"'
+            if version
+            else ""
         )
         sys.exit(f"wus_ext: FORCE_CUDA=1, but no usable CUDA toolkit was found ({reason}){hint}")
     return without_cuda(reason)

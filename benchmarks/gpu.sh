@@ -95,8 +95,8 @@ part_kernels() {
   limit 90 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" "${options[@]}"
 }
 
-# What has never run without the option: whether the libraries have the kernels, whether they are
-# right, and what they are worth in a whole step.
+# What is off by default: whether the libraries have the kernels, whether they are right, and what
+# they are worth in a whole step.
 part_epilogues() {
   if [ "$DEVICE" != cuda ]; then
     limit 60 "$PYTHON" benchmarks/gpu_steps.py --device cpu --dtype float32 --models alexnet \

@@ -29,6 +29,9 @@ CHOSEN = (3.0, 1, 1)
 AVERAGED = 5
 
 
+Costs = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Scale:
     """How large the runs are on a device, and what their epochs cost there.
@@ -40,13 +43,16 @@ class Scale:
         keep: as of Runs.
         costs: of an epoch in stock's full ones: full="fused", skipped, and of the forward passes
             that estimate running statistics.
+        estimates: of the costs, before the runs, from which the lengths of rivals follow; None:
+            these are the costs.
     """
 
     rate: float
     config: dict[str, Any]
     images: dict[str, Any]
     keep: int
-    costs: dict[str, tuple[float, float, float]]
+    costs: dict[str, Costs]
+    estimates: dict[str, Costs] | None = None
 
     def constant(self, epochs: int) -> tuple[Epoch, ...]:
         return (Epoch(self.rate),) * epochs
@@ -74,13 +80,19 @@ SCALES = {
             "resnet18": (0.54, 0.31, 0.13),
         },
     ),
-    # All images, in stock's best way, whose costs these are: gpu_steps.py, batch 512, recorded.
+    # All images. Costs: of stock compiled and recorded, results/nvidia-h200.md.
     "cuda": Scale(
         rate=0.05,
         config={"batch_size": 512, "device": "cuda", "amp": "bf16", "cuda_graphs": True},
         images={"validation": 0.1},
         keep=3,
         costs={
+            "alexnet": (0.99, 0.53, 0.2),
+            "vgg11_bn": (0.86, 0.55, 0.2),
+            "vgg16_bn": (0.89, 0.61, 0.2),
+            "resnet18": (1.01, 0.75, 0.25),
+        },
+        estimates={
             "alexnet": (0.84, 0.45, 0.15),
             "vgg11_bn": (0.83, 0.56, 0.2),
             "vgg16_bn": (0.89, 0.58, 0.2),
@@ -229,7 +241,8 @@ class Plan:
     def __init__(self, runs: Kept, unit: Unit, epochs: int = EPOCHS) -> None:
         self.runs, self.epochs = runs, epochs
         self.scale = unit.scale
-        self.full, self.skip, self.forward = unit.scale.costs[unit.network]
+        self.costs = unit.scale.costs[unit.network]
+        self.estimates = (unit.scale.estimates or unit.scale.costs)[unit.network]
 
     def entries(self) -> Iterator[Entry]:
         """Those that can be had, with their cost."""
@@ -249,10 +262,10 @@ class Plan:
 
     def _rivals(self) -> Iterator[Entry]:
         """At the cost of WUS that ends in a window."""
-        price = self._cost(self._ending())
-        short = self.scale.constant(round(price / self.full))
+        price, length = self._as_dear_as(self._ending())
+        short = self.scale.constant(length)
         last = short[-1]
-        yield self._stock("baseline in its time", self.scale.constant(round(price)))
+        yield self._stock("baseline in its time", self.scale.constant(price))
         yield self._run("fused in its time", short)
         yield self._run(
             "fused in its time, last epoch to rate 0", (*short[:-1], replace(last, end=0.0))
@@ -268,9 +281,9 @@ class Plan:
         yield self._run("WUS+LR", self._decided(falling))
 
     def _stepped_rivals(self) -> Iterator[Entry]:
-        price = self._cost(self._decided(self.scale.stepped(self.epochs)))
-        yield self._stock("baseline, steps, in its time", self.scale.stepped(round(price)))
-        yield self._run("fused, steps, in its time", self.scale.stepped(round(price / self.full)))
+        price, length = self._as_dear_as(self._decided(self.scale.stepped(self.epochs)))
+        yield self._stock("baseline, steps, in its time", self.scale.stepped(price))
+        yield self._run("fused, steps, in its time", self.scale.stepped(length))
 
     def _ending(self) -> tuple[Epoch, ...]:
         return self._decided(
@@ -281,7 +294,17 @@ class Plan:
         return self.runs.decided(len(path), Skipping(path, **settings(CHOSEN), **more))
 
     def _cost(self, path: Sequence[Epoch]) -> float:
-        return sum(self.skip if epoch.skip else self.full for epoch in path)
+        return self._sum(path, self.costs)
+
+    @staticmethod
+    def _sum(path: Sequence[Epoch], costs: Costs) -> float:
+        full, skip, _ = costs
+        return sum(skip if epoch.skip else full for epoch in path)
+
+    def _as_dear_as(self, path: Sequence[Epoch]) -> tuple[int, int]:
+        """How many of stock's epochs, and of fused ones, cost what a run does."""
+        price = self._sum(path, self.estimates)
+        return round(price), round(price / self.estimates[0])
 
     def _stock(self, method: str, path: Sequence[Epoch]) -> Entry:
         """Stock PyTorch: the fused run's trajectory, up to rounding, at a cost of 1 an epoch."""
@@ -292,7 +315,7 @@ class Plan:
 
     def _averaged(self, method: str, path: Sequence[Epoch], count: int) -> Entry:
         record = self.runs.statistics(path, count)
-        return Entry(method, tuple(path), self._cost(path) + self.forward, (record,))
+        return Entry(method, tuple(path), self._cost(path) + self.costs[2], (record,))
 
 
 def train(units: Sequence[Unit], data_dir: Path, out: Path) -> None:

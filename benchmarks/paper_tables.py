@@ -81,6 +81,36 @@ def draw_units(units: Mapping[Unit, Sequence[Entry]], file: BinaryIO) -> None:
     draw(runs, file, axis="training time (stock's full epochs)")
 
 
+#: Of each run that skips, and of what competes with it: columns of the short table.
+SHORT = {
+    "baseline": "baseline",
+    "WUS": "WUS, ending in a window",
+    "fused": "fused in its time",
+    "to rate 0": "fused in its time, last epoch to rate 0",
+    "averaged": "fused in its time, 5 epochs averaged",
+    "baseline, steps": "baseline, steps",
+    "WUS+LR": "WUS+LR",
+    "fused, steps": "fused, steps, in its time",
+}
+
+
+def short(found: Mapping[Unit, Sequence[Entry]]) -> str:
+    """Accuracy after the last epoch, and in brackets the percentage of time saved."""
+    rows = []
+    for pair in dict.fromkeys((unit.network, unit.dataset) for unit in found):
+        seeds = [entries for unit, entries in found.items() if (unit.network, unit.dataset) == pair]
+        row = [*pair, str(len(seeds))]
+        for method in SHORT.values():
+            group = [entry for entries in seeds for entry in entries if entry.method == method]
+            saved = [100 * (1 - entry.cost / EPOCHS) for entry in group]
+            shown = (
+                f"{spread([entry.last for entry in group])} ({fmean(saved):.0f})" if group else "-"
+            )
+            row.append(shown)
+        rows.append(row)
+    return table(["network", "dataset", "seeds", *SHORT], rows)
+
+
 def report(units: Sequence[Unit], out: Path, plot: Path | None) -> None:
     """A table for each network and dataset, of what there is."""
     found = {
@@ -92,6 +122,7 @@ def report(units: Sequence[Unit], out: Path, plot: Path | None) -> None:
         seeds = [entries for unit, entries in found.items() if (unit.network, unit.dataset) == pair]
         print(f"\n{', '.join(pair)}, {len(seeds)} seeds\n")
         print(table(list(HEADER), lines(seeds)))
+    print(f"\n{short(found)}")
     if plot and found:
         plot.parent.mkdir(parents=True, exist_ok=True)
         with plot.open("wb") as file:

@@ -184,7 +184,7 @@ class TrainConfig:
     full: str = option(
         "stock",
         "full steps of wus and wus+lr: stock (PyTorch's, bit for bit) or fused (on the CPU in "
-        "float32 the skip step's kernels: faster, equal up to rounding)",
+        "float32 and on a GPU the skip step's kernels: faster, equal up to rounding)",
         choices=FULL,
     )
     norm: str = option(
