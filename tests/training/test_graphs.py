@@ -153,8 +153,14 @@ def test_recorded_on_another_device_than_the_current_one():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     "settings",
-    [{"method": "baseline"}, {"method": "wus"}, {"full_every": 6, "bias_lr": 2.0}],
-    ids=["baseline", "wus", "full steps within"],
+    [
+        {"method": "baseline"},
+        {"method": "fused"},
+        {"method": "wus"},
+        {"method": "wus", "full": "fused"},
+        {"full_every": 6, "bias_lr": 2.0},
+    ],
+    ids=["baseline", "fused", "wus", "wus, fused", "full steps within"],
 )
 def test_recorded_steps_train_as_others_on_cuda(settings):
     weights = []
