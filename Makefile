@@ -110,9 +110,8 @@ wheel: sdist ## a wheel for the CPU, made from the sources in dist/ and tried in
 matrix: ## builds and tests with PYTHON and TORCH in a temporary environment
 	tests/matrix.sh $(PYTHON) $(TORCH)
 
-cuda-toolkit: $(VENV)/.packages ## pip's CUDA compiler, of the version that torch was built with, and cudnn-frontend's headers
+cuda-toolkit: $(VENV)/.packages ## pip's CUDA compiler, of the version that torch was built with
 	$(BIN)/python -c 'from importlib.metadata import version; print("cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==" + version("cuda-toolkit"))' | xargs $(BIN)/pip install --quiet
-	$(BIN)/pip install --quiet --no-deps "nvidia-cudnn-frontend>=1.32" || echo "cuDNN's graphs will be left out"
 
 clean: ## removes the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info wus_ext/*.so .*_cache .coverage*

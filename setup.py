@@ -36,8 +36,6 @@ except ImportError:
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "8.0 9.0 10.0+PTX"
-OLDEST_CUDNN_FRONTEND = (1, 32)
-CUDNN_SOURCES = ("conv_epilogue.cpp", "dgrad_graph.cpp")
 CXX_FLAGS = [
     *("-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"),
     *("-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"),
@@ -128,28 +126,6 @@ def without_cuda(reason):
     return None, reason
 
 
-def cudnn_frontend(home):
-    """Include folders for cuDNN's graphs and cudnn-frontend's version; None without the headers."""
-    packages = [Path(sysconfig.get_paths()["purelib"]), Path(torch.__file__).parents[1]]
-    cudnn = [home / "include", *(folder / "nvidia" / "cudnn" / "include" for folder in packages)]
-    frontend = [home / "include", *(folder / "include" for folder in packages)]
-    folders = []
-    for header, places in (("cudnn.h", cudnn), ("cudnn_frontend_version.h", frontend)):
-        folder = next((place for place in places if (place / header).exists()), None)
-        if folder is None:
-            print(f"wus_ext: without cuDNN's graphs (no {header})")
-            return None
-        folders.append(str(folder))
-    text = Path(folders[1], "cudnn_frontend_version.h").read_text()
-    version = tuple(map(int, re.findall(r"define CUDNN_FRONTEND_[A-Z]+_VERSION (\d+)", text)))
-    shown = ".".join(map(str, version))
-    if version < OLDEST_CUDNN_FRONTEND:
-        wanted = ".".join(map(str, OLDEST_CUDNN_FRONTEND))
-        print(f"wus_ext: without cuDNN's graphs (cudnn-frontend {shown}, {wanted} is needed)")
-        return None
-    return folders, shown
-
-
 def cudart_directory(home):
     """A directory with libcudart.so; pip's toolkit holds only libcudart.so.<major>."""
     for folder in (home / "lib64", home / "lib"):
@@ -186,22 +162,15 @@ def extension():
     compiled, linked = INSTRUMENTS[INSTRUMENT]
     flags = {"cxx": [*CXX_FLAGS, *compiled, *linked]}
     options = {}
-    graphs = None
     config = {"without_cuda": without}
     if cuda is not None:
         config = {"cuda": torch.version.cuda, "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"]}
-        graphs = cudnn_frontend(cuda)
-        if graphs is not None:
-            folders, config["cudnn_frontend"] = graphs
-            flags["cxx"] += [part for folder in folders for part in ("-isystem", folder)]
         flags["nvcc"] = ["-O3", "-std=c++20", "-lineinfo"]
         options["library_dirs"] = [str(cudart_directory(cuda))]
     csrc = Path("csrc")
     sources = {*csrc.rglob("*.cpp"), *csrc.rglob("*.cu")}
     if cuda is None:
         sources -= set(csrc.glob("cuda/**/*"))
-    if graphs is None:
-        sources = {path for path in sources if path.name not in CUDNN_SOURCES}
     # Those that take longest come first, so that no core waits for them in the end.
     sources = sorted(map(str, sources), key=lambda path: ("simd" not in path, path))
     headers = sorted(str(path) for end in ("h", "inl", "cuh") for path in csrc.rglob(f"*.{end}"))

@@ -3,8 +3,7 @@
 # and measures. Needs python3 with torch, pytest and ninja, and nvcc; no network.
 #
 #   benchmarks/gpu.sh                 all parts
-#   benchmarks/gpu.sh build kernels   some of: build test sanitize kernels epilogues steps frozen
-#                                     memory
+#   benchmarks/gpu.sh build kernels   some of: build test sanitize kernels steps frozen memory
 #
 # A part that fails is reported and the others still run; the exit status is the number of failed
 # parts. The report, RESULTS/<device>.md (default: benchmarks/results), is put together from the
@@ -12,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-PARTS=(build test sanitize kernels epilogues steps frozen memory)
+PARTS=(build test sanitize kernels steps frozen memory)
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 RESULTS=${RESULTS:-benchmarks/results}
@@ -109,24 +108,6 @@ part_kernels() {
   local options=(--dtypes bfloat16 float32 --batch-size 512 --rounds 15 --calls 10)
   [ "$DEVICE" = cuda ] || options=(--batch-size 2 --rounds 3 --calls 1)
   limit 90 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" "${options[@]}"
-}
-
-# What is off by default: whether the libraries have the kernels, whether they are right, and what
-# they are worth in a whole step.
-part_epilogues() {
-  if [ "$DEVICE" != cuda ]; then
-    limit 60 "$PYTHON" benchmarks/gpu_steps.py --device cpu --dtype float32 --models alexnet \
-      --batch-sizes 2 --rounds 3 --calls 1 --epilogues plain
-    return
-  fi
-  local status=0 names=(plain cublaslt)
-  "$PYTHON" -c 'import wus_ext; exit(wus_ext.build_info()["cudnn_frontend"] is None)' &&
-    names+=(cudnn)
-  limit 90 "$PYTHON" benchmarks/epilogues.py || status=1
-  echo
-  limit 90 "$PYTHON" benchmarks/gpu_steps.py --models vgg16 alexnet --batch-sizes 512 \
-    --no-compile --epilogues "${names[@]}" || status=1
-  return "$status"
 }
 
 part_steps() {

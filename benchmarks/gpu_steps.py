@@ -2,13 +2,10 @@
 
     python benchmarks/gpu_steps.py                          # bfloat16 autocast, batch 512 and 128
     python benchmarks/gpu_steps.py --models vgg16 --batch-sizes 128 --norm frozen
-    python benchmarks/gpu_steps.py --models vgg16 --epilogues cublaslt cudnn
 
 "fused" is a full step on the skip step's kernels (full="fused"). "graph" replays a CUDA graph of
 the whole step. Medians of interleaved rounds, each a few steps; all ratios are to a stock step of
-the same run. "skip, epilogues" masks gradients for the layer below in the products that make them,
-as ``convert(model, epilogues=...)``. A variant that fails is named and left out. On the CPU only
-the eager variants run.
+the same run. A variant that fails is named and left out. On the CPU only the eager variants run.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ import torch
 from common import NETWORKS, TrainingStep, batch, freeze, machine, median_ms, table
 
 import wus_ext
-from wus_ext.engine.options import EPILOGUES
 from wus_ext.profiling.timing import spread
 from wus_ext.training.graphs import CudaGraph
 
@@ -49,8 +45,8 @@ def made(name: str, size: int, args: argparse.Namespace) -> dict[str, Callable[[
     def step(model):
         return Step(model, images, labels, dtype)
 
-    def skip(epilogues=(), compiled=False):
-        model = wus_ext.convert(copy.deepcopy(stock), norm=args.norm, epilogues=epilogues)
+    def skip(compiled=False):
+        model = wus_ext.convert(copy.deepcopy(stock), norm=args.norm)
         wus_ext.set_skip(model, True)
         return step(torch.compile(model) if compiled else model)
 
@@ -63,8 +59,6 @@ def made(name: str, size: int, args: argparse.Namespace) -> dict[str, Callable[[
         "fused": fused,
         "skip": skip,
     }
-    if args.epilogues:
-        variants["skip, epilogues"] = lambda: skip(args.epilogues)
     if args.device == "cuda" and args.compile:
         variants["full, compiled"] = lambda: step(torch.compile(copy.deepcopy(stock)))
         variants["frozen, compiled"] = lambda: step(torch.compile(freeze(copy.deepcopy(stock))))
@@ -101,9 +95,8 @@ def prepare(name: str, size: int, args: argparse.Namespace) -> dict[str, Callabl
                 runs[f"{variant}, graph"] = CudaGraph(step).replay
         except Exception as error:  # one variant's failure must not cost the others' figures
             print(f"{name}, {variant} failed: {type(error).__name__}: {error}")
-    for variant in ("skip", "skip, epilogues"):
-        if {"frozen", variant} <= set(steps):
-            check(steps["frozen"], steps[variant], args.norm)
+    if {"frozen", "skip"} <= set(steps):
+        check(steps["frozen"], steps["skip"], args.norm)
     return runs
 
 
@@ -154,7 +147,6 @@ def main() -> None:
         "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="autocast's"
     )
     parser.add_argument("--norm", choices=("batch", "frozen"), default="batch")
-    parser.add_argument("--epilogues", nargs="+", default=(), choices=EPILOGUES)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=5, help="steps in a row, timed as one")

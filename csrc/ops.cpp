@@ -48,32 +48,6 @@ TORCH_LIBRARY(wus, m) {
       "Tensor? noise=None) -> (Tensor output, Tensor mask)");
   m.def("apply_mask(Tensor grad_output, Tensor mask, float scale=1) -> Tensor");
 
-  // Linear layers with ReLU by cuBLASLt's epilogues, on GPUs (see cuda/epilogue/lt_matmul.h). aux:
-  // one bit an element of output, uint8 [N, 16 * ceil(out_features / 128)], for linear_drelu_bgrad
-  // of the layer above only; bits are in cuBLASLt's order. grad_bias is that of the layer below, in
-  // its type. tf32: whether float32 may be rounded to TF32 in products; what exists depends on it.
-  m.def(
-      "linear_epilogues_exist(Tensor input, int out_features, int next_features, bool tf32) -> "
-      "bool");
-  m.def(
-      "linear_relu_aux(Tensor input, Tensor weight, Tensor bias, bool tf32) -> "
-      "(Tensor output, Tensor aux)");
-  m.def(
-      "linear_drelu_bgrad(Tensor grad_output, Tensor weight, Tensor aux, bool tf32) -> "
-      "(Tensor grad_input, Tensor grad_bias)");
-
-  // Convolutions of stride 1 by cuDNN, on GPUs (see cuda/epilogue/dgrad_graph.h): grad_input behind
-  // the bit mask of the layer below, grad_bias float32, or [0] without sum. unpack_mask: int8
-  // [rows, channels], 1 or 0.
-  m.def(
-      "conv_dgrad_relu_exists(Tensor grad_output, Tensor weight, int[2] input_size, "
-      "int[2] padding, int[2] dilation, bool sum, bool tf32) -> bool");
-  m.def(
-      "conv_dgrad_relu(Tensor grad_output, Tensor weight, Tensor mask, int[2] input_size, "
-      "int[2] padding, int[2] dilation, bool sum, bool tf32) -> "
-      "(Tensor grad_input, Tensor grad_bias)");
-  m.def("unpack_mask(Tensor mask, int channels) -> Tensor");
-
   // Batch norm in training mode, with what follows it: an activation, or none or ReLU and a
   // max-pool. mask: bits for act 1 to 4 if wanted, codes for a pool. Without a mask, backward
   // computes the activation's input again from scale and shift. Without a scale, batch_norm_apply
@@ -205,7 +179,7 @@ namespace {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
-  for (const char* absent : {"cuda", "cuda_archs", "without_cuda", "cudnn_frontend"}) {
+  for (const char* absent : {"cuda", "cuda_archs", "without_cuda"}) {
     info[absent] = pybind11::none();
   }
 #ifdef WUS_CUDA
@@ -213,9 +187,6 @@ pybind11::dict build_info() {
   info["cuda_archs"] = WUS_CUDA_ARCHS;
 #else
   info["without_cuda"] = WUS_WITHOUT_CUDA;
-#endif
-#ifdef WUS_CUDNN_FRONTEND
-  info["cudnn_frontend"] = WUS_CUDNN_FRONTEND;
 #endif
   info["cpu_capability"] = wus::cpu::isa_name();
   return info;

@@ -26,8 +26,6 @@ FLOORS = [
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
-#: Of what no floor above its own may know: kernels for GPUs have one door.
-DOORS = {"engine/gpu/": {"engine/chains.py", "engine/conv/choice.py"}}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
@@ -94,11 +92,3 @@ def test_no_circle_inside_a_room():
             assert free, f"these import each other: {sorted(map(str, graph))}"
             for module in free:
                 del graph[module]
-
-
-def test_kernels_for_gpus_have_one_door():
-    for door, allowed in DOORS.items():
-        for module in MODULES:
-            inside = str(module).startswith(door)
-            uses = any("/".join(target).startswith(door) for target in imported(module))
-            assert inside or not uses or str(module) in allowed, module

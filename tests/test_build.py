@@ -102,7 +102,7 @@ def test_build_info():
     info = wus_ext.build_info()
     assert set(info) == {
         *("version", "python", "torch", "cpu_capability"),
-        *("cuda", "cuda_archs", "without_cuda", "cudnn_frontend"),
+        *("cuda", "cuda_archs", "without_cuda"),
     }
     assert info["version"] == wus_ext.__version__
     assert (info["cuda"] is None) == bool(info["without_cuda"])
@@ -253,49 +253,6 @@ def test_a_toolkit_that_cannot_be_run_is_a_reason(build, tmp_path):
     home = toolkit(tmp_path / "cuda")
     (home / "bin" / "nvcc").chmod(0o644)
     assert build.why_unusable(home) == "nvcc does not run"
-
-
-def headers(folder: Path, version: tuple[int, int, int] = (1, 32, 0)) -> Path:
-    (folder / "include").mkdir(parents=True)
-    (folder / "include" / "cudnn.h").touch()
-    lines = [
-        f"#define CUDNN_FRONTEND_{name}_VERSION {number}\n"
-        for name, number in zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
-    ]
-    (folder / "include" / "cudnn_frontend_version.h").write_text("".join(lines))
-    return folder
-
-
-@pytest.fixture
-def no_packages(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path / "none")})
-    monkeypatch.setattr(build.torch, "__file__", str(tmp_path / "none" / "torch" / "__init__.py"))
-
-
-@pytest.mark.usefixtures("no_packages")
-def test_cudnn_frontend_is_found(build, tmp_path):
-    home = headers(tmp_path / "cuda")
-    include = str(home / "include")
-    assert build.cudnn_frontend(home) == ([include, include], "1.32.0")
-
-
-@pytest.mark.usefixtures("no_packages")
-@pytest.mark.parametrize(
-    ("missing", "version", "reason"),
-    [
-        ("cudnn.h", (1, 32, 0), "no cudnn.h"),
-        ("cudnn_frontend_version.h", (1, 32, 0), "no cudnn_frontend_version.h"),
-        (None, (1, 9, 2), "cudnn-frontend 1.9.2, 1.32 is needed"),
-    ],
-)
-def test_without_cudnn_frontend_its_part_is_left_out(
-    build, tmp_path, capsys, missing, version, reason
-):
-    home = headers(tmp_path / "cuda", version)
-    if missing:
-        (home / "include" / missing).unlink()
-    assert build.cudnn_frontend(home) is None
-    assert f"without cuDNN's graphs ({reason})" in capsys.readouterr().out
 
 
 def test_the_source_archive_is_complete(tmp_path):

@@ -54,8 +54,7 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict with ``version`` (of wus_ext), ``torch`` (the version built against), ``cuda`` (the
         toolkit's version, or None for a CPU-only build), ``without_cuda`` (why it is one, or
-        None), ``cuda_archs`` (or None), ``cudnn_frontend`` (the version of the headers that
-        cuDNN's graphs were built with, or None), ``python`` and ``cpu_capability`` (the vector
+        None), ``cuda_archs`` (or None), ``python`` and ``cpu_capability`` (the vector
         instructions in use: ``avx512``, ``avx2`` or ``generic``).
 
     Example:

@@ -81,7 +81,6 @@ def describe() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "CPU kernels": build["cpu_capability"],
         "CUDA part": cuda or f"not built: {_why(build)}",
-        "cuDNN graphs": build["cudnn_frontend"] or "not built",
         "GPUs": ", ".join(gpus) or "none",
         "here": "; ".join(what_is_fast(build, features, len(gpus))),
     }

@@ -92,21 +92,13 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
                                       std::vector<int64_t> sizes, at::ScalarType dtype) {
   Session* session = Session::current();
   if (session == nullptr || !session->undisturbed()) return std::nullopt;
-  std::shared_ptr<Chain> source;
   at::Tensor value = input;
   at::MemoryFormat format = at::MemoryFormat::Contiguous;
   if (Deferred* deferred = as_deferred(input)) {
     const auto chain = deferred->chain();
     if (chain->session().get() != session) return std::nullopt;
     format = chain->format();
-    ++chain->users;
-    if (session->links && !chain->has_run()) {
-      chain->call().resolve();  // so that no more than two layers wait for each other
-      source = chain;
-      value = at::Tensor();
-    } else {
-      value = deferred->value();
-    }
+    value = deferred->value();
   } else {
     if (!is_plain(input)) return std::nullopt;
     format = format_of(input);
@@ -116,20 +108,11 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
   const at::Tensor shift = bias.value_or(at::Tensor());
   const bool differentiable =
       at::GradMode::is_enabled() &&
-      (requires_grad(value) || requires_grad(shift) || (weight_trains && weight.requires_grad()) ||
-       (source != nullptr && source->requires_grad()));
-  const uint64_t behind = source == nullptr ? 0 : source->depth();
-  const uint64_t depth = depth_behind({value, shift, weight}) + behind;
-  auto call = std::make_shared<Call>(Call{session->shared_from_this(),
-                                          std::move(layer),
-                                          std::move(plan),
-                                          {},
-                                          std::move(source),
-                                          Read(value),
-                                          Read(weight),
-                                          Read(shift),
-                                          weight_trains,
-                                          dtype});
+      (requires_grad(value) || requires_grad(shift) || (weight_trains && weight.requires_grad()));
+  const uint64_t depth = depth_behind({value, shift, weight});
+  auto call =
+      std::make_shared<Call>(Call{session->shared_from_this(), std::move(layer), std::move(plan),
+                                  Read(value), Read(weight), Read(shift), weight_trains, dtype});
   return defer(std::make_shared<Chain>(std::move(call), is_conv ? Kind::CONV : Kind::LINEAR,
                                        std::move(sizes), format, differentiable, depth));
 }

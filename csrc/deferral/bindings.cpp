@@ -14,7 +14,7 @@ void bind(py::module_& module) {
   auto m =
       module.def_submodule("deferral", "Layers' calls that are computed when they are needed.");
   py::class_<Session, std::shared_ptr<Session>>(m, "Session")
-      .def(py::init<py::object, bool>())
+      .def(py::init<py::object>())
       .def("begin", &Session::begin)
       .def("finish", &Session::finish)
       .def("abandon", &Session::abandon);

@@ -37,14 +37,6 @@ bool Read::shares_memory_with(const at::Tensor& other) const {
 
 namespace {
 
-void drop(py::object& first, py::object* second = nullptr, py::object* third = nullptr) {
-  if (!first && !(second && *second) && !(third && *third)) return;
-  py::gil_scoped_acquire gil;
-  first = py::object();
-  if (second) *second = py::object();
-  if (third) *third = py::object();
-}
-
 // Steps of a chain that run one by one add a few gradient functions each.
 constexpr uint64_t kNodesOfAStep = 8;
 
@@ -62,21 +54,12 @@ uint64_t depth_behind(std::initializer_list<at::Tensor> tensors) {
   return depth + kNodesOfAStep;
 }
 
-void Call::resolve() const {
-  const auto chain = std::exchange(source, nullptr);
-  if (chain == nullptr) return;
-  if (Deferred* tensor = chain->tensor) {
-    input = Read(tensor->value());
-  } else if (chain->users > 1 || chain->needed_besides(nullptr)) {
-    input = Read(chain->run());
-  } else {
-    input = Read(chain->run_for(plan, below));
-  }
+Call::~Call() {
+  if (!layer && !plan) return;
+  py::gil_scoped_acquire gil;
+  layer = py::object();
+  plan = py::object();
 }
-
-Call::~Call() { drop(layer, &plan, &below); }
-
-Chain::~Chain() { drop(held_); }
 
 Chain::Chain(std::shared_ptr<const Call> call, Kind layer, std::vector<int64_t> sizes,
              at::MemoryFormat format, bool requires_grad, uint64_t depth)
@@ -157,7 +140,6 @@ bool Chain::reads(const at::Tensor& tensor) const {
         return true;
     }
   }
-  if (call_->source != nullptr && call_->source->reads(tensor)) return true;
   return shares(call_->input) || shares(call_->weight) || shares(call_->bias);
 }
 
@@ -206,15 +188,14 @@ Chain::Arguments Chain::arguments(const std::vector<const Chain*>& steps) {
   return all;
 }
 
-py::object Chain::fused(const std::vector<const Chain*>& steps, const py::object& above) const {
+at::Tensor Chain::fused(const std::vector<const Chain*>& steps) const {
   const Call& call = *call_;
   const Arguments all = arguments(steps);
-  call.resolve();
-  return session_->engine().attr("run")(
-      call.layer, call.plan, call.input.get("input"), call.below ? call.below : py::none(),
-      call.weight.get("weight"), optional(call.bias, "bias"), call.weight_trains, all.norm,
-      all.residual, all.act.kind, all.act.slope, all.pool, all.noise, all.p,
-      above ? above : py::none());
+  const py::object output = session_->engine().attr("run")(
+      call.layer, call.plan, call.input.get("input"), call.weight.get("weight"),
+      optional(call.bias, "bias"), call.weight_trains, all.norm, all.residual, all.act.kind,
+      all.act.slope, all.pool, all.noise, all.p);
+  return output.cast<at::Tensor>();
 }
 
 at::Tensor Chain::resumed(const std::vector<const Chain*>& steps, at::Tensor value) const {
@@ -226,7 +207,7 @@ at::Tensor Chain::resumed(const std::vector<const Chain*>& steps, at::Tensor val
   return value;
 }
 
-void Chain::compute(const py::object& above) {
+void Chain::compute() {
   std::vector<const Chain*> steps;
   std::shared_ptr<Chain> from;
   for (Chain* chain = this;; chain = chain->parent_.get()) {
@@ -236,12 +217,7 @@ void Chain::compute(const py::object& above) {
   }
   std::reverse(steps.begin(), steps.end());
   if (from == nullptr) {
-    py::object result = fused(steps, above);
-    if (THPVariable_Check(result.ptr())) {
-      value_ = result.cast<at::Tensor>();
-    } else {
-      held_ = std::move(result);
-    }
+    value_ = fused(steps);
   } else {
     value_ = resumed(steps, from->tensor == nullptr ? from->run() : from->tensor->value());
   }
@@ -253,20 +229,9 @@ void Chain::compute(const py::object& above) {
 const at::Tensor& Chain::run() {
   if (value_.defined()) return value_;
   InSession scope(*session_);
-  if (!has_run()) compute(py::object());
-  if (!value_.defined()) value_ = held_.attr("settled")().cast<at::Tensor>();
+  compute();
   if (anchor != nullptr) connect(std::exchange(anchor, nullptr));
   return value_;
-}
-
-at::Tensor Chain::run_for(const py::object& plan, py::object& below) {
-  InSession scope(*session_);
-  if (!has_run()) compute(plan);
-  if (held_ && !connected_) {
-    below = held_;
-    return held_.attr("output").cast<at::Tensor>();
-  }
-  return run();
 }
 
 void Chain::connect(const NodePtr& node) {

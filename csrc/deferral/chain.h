@@ -78,15 +78,10 @@ struct Step {
 struct Call {
   std::shared_ptr<Session> session;
   pybind11::object layer, plan;
-  mutable pybind11::object below;         // what the chain that made the input left to do, or null
-  mutable std::shared_ptr<Chain> source;  // the chain that makes the input, where it has not run
-  mutable Read input;
-  Read weight, bias;
+  Read input, weight, bias;
   bool weight_trains;
   at::ScalarType dtype;  // of the output
 
-  // Has the input computed. If nobody else takes it, it may leave a part of its work to this layer.
-  void resolve() const;
   ~Call();
 };
 
@@ -94,15 +89,12 @@ class Chain : public std::enable_shared_from_this<Chain> {
  public:
   Chain(std::shared_ptr<const Call> call, Kind layer, std::vector<int64_t> sizes,
         at::MemoryFormat format, bool requires_grad, uint64_t depth);
-  ~Chain();
 
   // This chain and one step more.
   std::shared_ptr<Chain> extended(Step step, std::vector<int64_t> sizes, at::MemoryFormat format);
 
   // The chain's value in the engine's own layout. Throws what the layers throw.
   const at::Tensor& run();
-  // The same for a layer that takes it, which may have a part of the work left to it (`below`).
-  at::Tensor run_for(const pybind11::object& plan, pybind11::object& below);
   // Whoever holds `anchor` finds this chain's value behind, and whoever is given the value passes
   // through it.
   void connect(const NodePtr& anchor);
@@ -110,7 +102,7 @@ class Chain : public std::enable_shared_from_this<Chain> {
   bool has(Kind kind) const { return kinds_ >> static_cast<int>(kind) & 1; }
   // Of the chain; the kind is 0 without an activation.
   const Act& act() const { return act_; }
-  bool has_run() const { return value_.defined() || held_; }
+  bool has_run() const { return value_.defined(); }
   bool has_live_children() const;
   // Whether anybody but `child` may still ask for this chain's value.
   bool needed_besides(const Chain* child) const;
@@ -136,8 +128,6 @@ class Chain : public std::enable_shared_from_this<Chain> {
 
   // The tensor that stands for this chain, not owned; null when there is none, or no more.
   Deferred* tensor = nullptr;
-  // Layers that take the value.
-  int users = 0;
   // The place in the graph of a tensor that is gone, where somebody still refers to it.
   NodePtr anchor = nullptr;
 
@@ -150,11 +140,10 @@ class Chain : public std::enable_shared_from_this<Chain> {
   };
   static Arguments arguments(const std::vector<const Chain*>& steps);
 
-  void compute(const pybind11::object& above);
+  void compute();
   // The steps, behind a value that was computed by itself.
   at::Tensor resumed(const std::vector<const Chain*>& steps, at::Tensor value) const;
-  pybind11::object fused(const std::vector<const Chain*>& steps,
-                         const pybind11::object& above) const;
+  at::Tensor fused(const std::vector<const Chain*>& steps) const;
 
   std::shared_ptr<Session> session_;
   std::shared_ptr<const Call> call_;
@@ -169,7 +158,6 @@ class Chain : public std::enable_shared_from_this<Chain> {
   uint64_t depth_;
   bool connected_ = false;
   at::Tensor value_;
-  pybind11::object held_;  // a value whose last step is left to the one layer that takes it
 };
 
 // More than the depth of these tensors' gradient functions, and of a layer's on top.

@@ -28,9 +28,8 @@ struct Surroundings {
 
 class Session : public std::enable_shared_from_this<Session> {
  public:
-  // engine: runs chains (`run`) and dropout (`drop`). links: whether a chain waits for its user to
-  // run, to which it may leave a part of its work.
-  Session(pybind11::object engine, bool links) : links(links), engine_(std::move(engine)) {}
+  // engine: runs chains (`run`, `resume`) and dropout (`drop`).
+  explicit Session(pybind11::object engine) : engine_(std::move(engine)) {}
   ~Session();
 
   // The one of this thread, or null.
@@ -56,7 +55,6 @@ class Session : public std::enable_shared_from_this<Session> {
 
   const pybind11::object& engine() const { return engine_; }
   std::recursive_mutex mutex;
-  const bool links;
 
  private:
   friend class InSession;

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -59,12 +57,3 @@ def chains(gpu, monkeypatch) -> Gpu:
 @pytest.fixture
 def real_gpu() -> None:
     need_gpu()
-
-
-@pytest.fixture
-def tf32_products() -> Iterator[None]:
-    """Products in TF32 are allowed: few libraries have epilogues for others in float32."""
-    products = torch.backends.cuda.matmul
-    before, products.fp32_precision = products.fp32_precision, "tf32"
-    yield
-    products.fp32_precision = before

@@ -255,6 +255,18 @@ def unsound(model: nn.Module, setting: Setting) -> set[str]:
     }
 
 
+def sound(stock: Result, exact: Result) -> bool:
+    """Whether stock's 16 bits are what they should be, but for rounding.
+
+    The output of a convolution of 3x3 and stride 2 on a map of two columns, in bfloat16, is not: on
+    processors with AMX it holds what nobody wrote.
+    """
+    pairs = [(stock.output, exact.output)]
+    if "input" in stock.gradients:
+        pairs.append((stock.gradients["input"], exact.gradients["input"]))
+    return all((mine - true).norm() <= 0.2 * true.norm() for mine, true in pairs)
+
+
 def takes(setting: Setting, device: torch.device) -> bool:
     """Whether the fused kernels run, and not stock's operators."""
     dtype = torch.bfloat16 if setting.dtype == "autocast" else getattr(torch, setting.dtype)
@@ -281,6 +293,8 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
             expected, masks = with_masks(copy.deepcopy(base), image, step, frozen)
             exact = expected
             if not takes(setting, device):
+                if setting.dtype != "float64":
+                    assume(sound(expected, in_float64(base, image, step, frozen, masks)[0]))
                 break
             exact, slack = in_float64(base, image, step, frozen, masks)
             if slack > 1e-4 or step.mode == "no gradients" or setting.dtype != "float32":

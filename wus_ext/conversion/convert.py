@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -48,7 +48,6 @@ def convert(
     algo: str | Mapping[str, str] = "auto",
     memory_budget: int | Literal["auto"] | None = "auto",
     fuse: bool = True,
-    epilogues: Collection[str] = (),
     full: str = "stock",
 ) -> Model:
     """Makes a model skip-aware, in place; full steps stay stock PyTorch unless asked otherwise.
@@ -79,11 +78,6 @@ def convert(
             that do not fit run with a smaller transform or directly. None: no limit, as fast as
             possible.
         fuse: whether chains of layers may run as one (default True). False runs layer by layer.
-        epilogues: what may mask a layer's data gradient for the ReLU of the layer below it, and sum
-            it for that layer's bias, in the product itself: ``"cublaslt"`` (linear layers on a GPU,
-            where cuBLASLt can; its ReLU may turn NaN into 0), ``"cudnn"`` (convolutions of stride 1
-            on a GPU, where cuDNN can and is faster), ``"plain"`` (what is used anyway, in that
-            order; the same bit for bit). Default: none; on an H200 they gained little.
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
             ``"fused"``: on the CPU in float32 and on a GPU, the skip step's chains and
             convolutions, on the CPU with weight gradients by Winograd; equal to stock's up to the
@@ -96,7 +90,7 @@ def convert(
     Raises:
         TypeError: if ``model`` is no ``nn.Module`` or is a TorchScript module.
         ValueError: if ``model`` holds a lazy layer that has not seen an input yet, a setting is
-            none of the above, or an epilogue is not part of this build.
+            none of the above.
 
     Warns:
         UserWarning: if there was nothing to convert, or no bias that a skip step could train.
@@ -114,7 +108,7 @@ tensor (8 values) trains
     if isinstance(algo, Mapping):
         choices = _checked_choices(algo)
         algo = "measure"
-    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse, epilogues, full)
+    options = SkipOptions(skip_gamma, norm, algo, memory_budget, fuse, full)
     set_wrappers(model, make_skip_aware)
     root = unwrap(model)
     for name, module in root.named_modules():

@@ -251,7 +251,11 @@ class LinearAct(torch.autograd.Function):
         noise: Tensor | None,
         p: float,
     ) -> Tensor:
-        output, mask = linear_forward(product, input, bias, act, noise, p)
+        output = product.forward(input, bias)
+        if noise is None:
+            output, mask = activate(output, act)
+        else:  # of dropout, whose activation is ReLU
+            output, mask = ops.relu_dropout_mask(output, p, noise=noise)
         ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
         ctx.product, ctx.act, ctx.p = product, act, p
         return output
@@ -262,7 +266,10 @@ class LinearAct(torch.autograd.Function):
         mask, *trained = ctx.saved_tensors
         need_input, need_bias, need_weight = ctx.needs_input_grad[:3]
         need_grad = need_input or need_weight
-        passed, grad_bias = linear_masked(grad, mask, ctx.act, ctx.p, need_grad, need_bias)
+        grad, act = grad.contiguous(), ctx.act
+        if ctx.p > 0.0:
+            grad, mask, act = ops.apply_mask(grad, mask, 1.0 / (1.0 - ctx.p)), None, Act.NONE
+        passed, grad_bias = masked(grad, mask, act, (1, 1), need_grad, need_bias)
         return (
             ctx.product.dgrad(passed) if need_input else None,
             grad_bias if need_bias else None,
@@ -272,35 +279,6 @@ class LinearAct(torch.autograd.Function):
             None,
             None,
         )
-
-
-def linear_forward(
-    product: Products,
-    input: Tensor,
-    bias: Tensor | None,
-    act: Act,
-    noise: Tensor | None,
-    p: float,
-) -> tuple[Tensor, Tensor | None]:
-    """dropout(act(product + bias)), and what backward needs: bits, or act's input.
-
-    Args:
-        noise: of dropout, whose activation is ReLU.
-    """
-    output = product.forward(input, bias)
-    if noise is not None:
-        return ops.relu_dropout_mask(output, p, noise=noise)
-    return activate(output, act)
-
-
-def linear_masked(
-    grad: Tensor, mask: Tensor | None, act: Act, p: float, need_grad: bool, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient in front of dropout and the activation, and the bias's."""
-    grad = grad.contiguous()
-    if p > 0.0:
-        grad, mask, act = ops.apply_mask(grad, mask, 1.0 / (1.0 - p)), None, Act.NONE
-    return masked(grad, mask, act, (1, 1), need_grad, need_bias)
 
 
 class Dropout(torch.autograd.Function):

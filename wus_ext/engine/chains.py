@@ -18,11 +18,10 @@ from .._build import deferral
 from ..nn import SkipLayer
 from .activation import Act, Kind
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct, Norm
-from .conv.algorithm import Algorithm, Given, Unfused
+from .conv.algorithm import Algorithm, Given
 from .conv.choice import choose
 from .conv.measure import Measured
 from .conv.weight import Weight
-from .gpu.linked import ConvLayer, Held, LinearLayer, linked, suits_cublaslt
 from .linear import Products
 from .options import SkipOptions
 from .packed_weights import PackedWeights
@@ -59,24 +58,18 @@ def run_conv(
     conv: nn.Module,
     plan: ConvPlan,
     input: Tensor,
-    below: Held | None,
     weight: Tensor,
     bias: Tensor | None,
     weight_trains: bool,
     norm: Norm | None,
     residual: Tensor | None,
     act: Act,
-    above: Plan | None,
-) -> Tensor | Held:
+) -> Tensor:
     """conv [+ batch norm] [+ residual] [+ activation] [+ max-pool], in channels_last.
 
     Args:
-        below: what the chain that made `input` left to do.
         weight_trains: whether the weight gets a gradient; else it is a constant.
-        above: of the layer that takes the output, where it may undo this chain's ReLU.
     """
-    if below is not None and plan.dtype != input.dtype:
-        input, below = below.settled(), None
     input = entered(input.to(plan.dtype), deferral.suggests_channels_last(weight))
     if residual is not None:
         residual = entered(residual, False)
@@ -104,7 +97,6 @@ def run_conv(
         return chosen
 
     if norm is not None and norm.batch:
-        input = input if below is None else below.settled()
         return applied(
             algorithm(own, wants_dgrad(input)), input, bias, trained, norm, residual, act
         )
@@ -113,14 +105,7 @@ def run_conv(
         return normalised(chosen.forward(input, bias, Act.NONE)[0], norm, residual, act)
     if norm is not None:
         own, bias = folded(own, bias, norm)
-    chosen = algorithm(own, wants_dgrad(input) if below is None else below.wants_grad())
-    if isinstance(chosen, Unfused) and not trains(trained):
-        hold = may_hold(engine, above, conv=True) and act == Act.RELU
-        if hold or below is not None:
-            layer = ConvLayer(chosen, act, "cudnn" in engine.options.epilogues)
-            return linked(layer, input, bias, residual, below, hold)
-    if below is not None:
-        input = below.settled()
+    chosen = algorithm(own, wants_dgrad(input))
     return applied(chosen, input, bias, trained, None, residual, act)
 
 
@@ -175,44 +160,26 @@ def run_linear(
     linear: SkipLayer,
     plan: Plan,
     input: Tensor,
-    below: Held | None,
     weight: Tensor,
     bias: Tensor | None,
     weight_trains: bool,
     act: Act,
     noise: Tensor | None,
     p: float,
-    above: Plan | None,
-) -> Tensor | Held:
+) -> Tensor:
     """linear [+ activation], or linear + ReLU + dropout.
 
     Args:
         noise: of dropout: 1 where a value is kept, else 0.
     """
-    if below is not None and plan.dtype != input.dtype:
-        input, below = below.settled(), None
     input = input.to(plan.dtype)
     if weight_trains:
-        input = input if below is None else below.settled()
         product = Products.training(linear, weight, input.dtype)
         return LinearAct.apply(input, bias, weight, product, act, noise, p)
-    backward = wants_dgrad(input) if below is None else below.wants_grad()
     if torch.is_grad_enabled():
         engine.packed.saves(linear, weight.nbytes + saved_by(act, plan.sizes))
-    product = Products.frozen(linear, weight, input, engine.packed, backward)
-    hold = may_hold(engine, above, conv=False) and act == Act.RELU and p == 0.0
-    if not hold and below is None:
-        return LinearAct.apply(input, bias, None, product, act, noise, p)
-    opaque = (
-        hold
-        and "cublaslt" in engine.options.epilogues
-        and bias is not None
-        and above is not None
-        and above.dtype == input.dtype
-        and suits_cublaslt(input, plan.sizes[1], above.sizes[1])
-    )
-    layer = LinearLayer(product, act, p, opaque, below is not None and below.opaque, noise)
-    return linked(layer, input, bias, None, below, hold)
+    product = Products.frozen(linear, weight, input, engine.packed, wants_dgrad(input))
+    return LinearAct.apply(input, bias, None, product, act, noise, p)
 
 
 def entered(input: Tensor, stock_like: bool) -> Tensor:
@@ -224,21 +191,6 @@ def entered(input: Tensor, stock_like: bool) -> Tensor:
     if stock_like or deferral.suggests_channels_last(input):
         return input.contiguous(memory_format=torch.channels_last)
     return Enter.apply(input)
-
-
-def may_hold(engine: Resources, above: Plan | None, *, conv: bool) -> bool:
-    """Whether a chain's ReLU may be undone by the layer above."""
-    return (
-        above is not None
-        and bool(engine.options.epilogues)
-        and isinstance(above, ConvPlan) == conv
-        and torch.is_grad_enabled()
-    )
-
-
-def trains(weight: Tensor | None) -> bool:
-    """Whether a weight is to get a gradient."""
-    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
 
 
 def wants_dgrad(input: Tensor) -> bool:

@@ -86,7 +86,7 @@ class Engine:
         self._deferred = False
         settle_before_storage_access()
         self.packed.begin_step()
-        session = deferral.Session(self, bool(self.options.epilogues))
+        session = deferral.Session(self)
         return session if session.begin() else None
 
     def remember(self, inputs: tuple[Any, ...]) -> None:
@@ -230,7 +230,6 @@ class Engine:
         layer: SkipLayer,
         plan: Plan,
         input: Tensor,
-        below: Any,
         weight: Tensor,
         bias: Tensor | None,
         weight_trains: bool,
@@ -241,8 +240,7 @@ class Engine:
         pool: tuple[int, int, int, bool] | None,
         noise: Tensor | None,
         p: float,
-        above: Plan | None,
-    ) -> Any:
+    ) -> Tensor:
         """A chain's value; `kind` and `slope` are an activation's."""
         act = Act.of(kind, slope, pool)
         if self.record is not None:
@@ -256,22 +254,18 @@ class Engine:
             }
             self.record.append((layer, " ".join(step for step, there in steps.items() if there)))
         if not isinstance(plan, ConvPlan):
-            return run_linear(
-                self, layer, plan, input, below, weight, bias, weight_trains, act, noise, p, above
-            )
+            return run_linear(self, layer, plan, input, weight, bias, weight_trains, act, noise, p)
         return run_conv(
             self,
             layer,
             plan,
             input,
-            below,
             weight,
             bias,
             weight_trains,
             None if norm is None else Norm(*norm),
             residual,
             act,
-            above,
         )
 
     def resume(

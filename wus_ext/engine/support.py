@@ -19,16 +19,6 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
-def tf32_products() -> bool:
-    """Whether matrix products in float32 may be rounded to TF32 on a GPU."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def tf32_convolutions() -> bool:
-    """Whether convolutions in float32 may be rounded to TF32 on a GPU."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
 def takes(tensor: Tensor) -> bool:
     """Whether the fused kernels take a tensor as it is."""
     return (

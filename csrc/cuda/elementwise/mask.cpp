@@ -74,21 +74,6 @@ at::Tensor apply_mask(const at::Tensor& grad_output, const at::Tensor& mask, dou
   return output;
 }
 
-at::Tensor unpack_mask(const at::Tensor& mask, int64_t channels) {
-  const int64_t bytes = mask_bytes(channels);
-  TORCH_CHECK_VALUE(mask.is_cuda() && mask.dim() == 2 && mask.size(1) == bytes &&
-                        mask.scalar_type() == at::kByte && mask.is_contiguous(),
-                    "mask must be a contiguous uint8 tensor of size [*, ", bytes,
-                    "] on a GPU, got ", mask.scalar_type(), " of size ", mask.sizes(), " on ",
-                    mask.device());
-  const c10::cuda::CUDAGuard guard(mask.device());
-  at::Tensor output = at::empty({mask.size(0), channels}, mask.options().dtype(at::kChar));
-  if (output.numel() == 0) return output;
-  cuda::unpack_mask(mask.const_data_ptr<uint8_t>(), output.data_ptr<int8_t>(), mask.size(0),
-                    channels, c10::cuda::getCurrentCUDAStream());
-  return output;
-}
-
 std::tuple<at::Tensor, at::Tensor> activate_grad(const at::Tensor& grad_output,
                                                  const std::optional<at::Tensor>& mask,
                                                  const std::optional<at::Tensor>& /*input*/,
@@ -128,7 +113,6 @@ TORCH_LIBRARY_IMPL(wus, CUDA, m) {
   m.impl("activate", &activate);
   m.impl("activate_", &activate_);
   m.impl("apply_mask", &apply_mask);
-  m.impl("unpack_mask", &unpack_mask);
   m.impl("activate_grad", &activate_grad);
 }
 

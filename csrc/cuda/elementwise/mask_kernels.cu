@@ -70,22 +70,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
       });
 }
 
-template <bool kVector>
-__global__ void __launch_bounds__(kThreads)
-    unpack_mask_kernel(const uint8_t* __restrict__ mask, int8_t* __restrict__ output, int64_t rows,
-                       int64_t channels) {
-  const int64_t bytes = mask_bytes(channels);
-  const auto fetch = [=](int64_t r, int64_t c, int) -> unsigned {
-    return mask[r * bytes + c / kOctet];
-  };
-  for_octets<4>(rows, channels, fetch, [=](int64_t r, int64_t c, int lanes, unsigned bits) {
-    Octet<int8_t> flags;
-#pragma unroll
-    for (int k = 0; k < kOctet; ++k) flags.lane[k] = static_cast<int8_t>(bits >> k & 1);
-    store<kVector>(output + r * channels + c, flags, lanes);
-  });
-}
-
 template <class T, bool kVector, bool kMasked, bool kStore>
 __global__ void __launch_bounds__(kThreads, kSumBlocksAnSM)
     mask_bias_grad_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ mask,
@@ -134,17 +118,6 @@ void apply_mask(const T* grad, const uint8_t* mask, float scale, T* output, int6
                output, rows, channels);
       },
       channels, grad, output);
-}
-
-void unpack_mask(const uint8_t* mask, int8_t* output, int64_t rows, int64_t channels,
-                 cudaStream_t stream) {
-  const Cover c = cover(rows, channels, 1, kMaxBlocks);
-  with_vector(
-      [&](auto vector) {
-        launch(unpack_mask_kernel<vector.value>, c.grid, c.block, stream, mask, output, rows,
-               channels);
-      },
-      channels, output);
 }
 
 template <class T>

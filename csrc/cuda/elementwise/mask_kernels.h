@@ -24,10 +24,6 @@ template <class T>
 void apply_mask(const T* grad, const uint8_t* mask, float scale, T* output, int64_t rows,
                 int64_t channels, cudaStream_t stream);
 
-// output [rows, channels] = 1 where the mask is set, 0 elsewhere.
-void unpack_mask(const uint8_t* mask, int8_t* output, int64_t rows, int64_t channels,
-                 cudaStream_t stream);
-
 // grad_bias = the sum over rows of the masked gradient, which is stored unless grad_input is null.
 // mask may be null for all of it. partial has partial_sums(rows, channels) elements.
 template <class T>

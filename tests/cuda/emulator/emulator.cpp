@@ -11,8 +11,6 @@
 #include "cuda/batch_norm/kernels.cu"
 #include "cuda/elementwise/dropout.cpp"
 #include "cuda/elementwise/dropout_kernels.cu"
-#include "cuda/epilogue/linear_epilogue.cpp"
-#include "cuda/epilogue/lt_matmul.cpp"
 #include "cuda/elementwise/mask.cpp"
 #include "cuda/elementwise/mask_kernels.cu"
 #include "cuda/elementwise/pool.cpp"

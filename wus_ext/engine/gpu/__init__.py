@@ -1,1 +1,0 @@
-"""What libraries for GPUs do beside our kernels: off by default."""
