@@ -235,7 +235,7 @@ def test_force_cuda_without_a_toolkit_names_what_to_install(build, tmp_path, mon
         build.find_cuda()
     assert "\n" not in left.value.code
     assert f"no usable CUDA toolkit was found ({tmp_path}: no nvcc)" in left.value.code
-    assert 'pip install "cuda-toolkit[nvcc,cccl,cudart]==13.2' in left.value.code
+    assert 'pip install "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.2' in left.value.code
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(SystemExit, match="this torch has no CUDA"):
         build.find_cuda()
