@@ -63,7 +63,8 @@ format: $(VENV)/.packages ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-# The C++ built apart, with $(1) = address, thread or coverage in it, and its tests.
+# The C++ built apart, with $(1) = address, thread or coverage in it, and its tests. Without the safe
+# path they would import the package that lies here, whose C++ has nothing in it.
 NATIVE_TESTS := tests/cpu tests/engine tests/test_functional.py
 define instrumented
 	WUS_INSTRUMENT=$(1) FORCE_CPU=1 $(BIN)/python setup.py -q build \
@@ -71,7 +72,8 @@ define instrumented
 endef
 define preloaded
 LD_PRELOAD="$(foreach library,$(2) libstdc++.so,$$(g++ -print-file-name=$(library)))" \
-	  WUS_INSTRUMENT=$(1) PYTHONPATH=build/$(1)/lib $(BIN)/python -m pytest -q -p wus_ext -p no:cacheprovider
+	  WUS_INSTRUMENT=$(1) PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/$(1)/lib \
+	  $(BIN)/python -m pytest -q -p wus_ext -p no:cacheprovider
 endef
 
 sanitize: setup ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on its tests
