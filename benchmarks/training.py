@@ -173,6 +173,12 @@ def _add_shared_arguments(commands: Any) -> None:
 
 
 def train_paper(args: argparse.Namespace) -> None:
+    costs = paper.SCALES[args.device].costs
+    if unknown := [network for network in args.networks if network not in costs]:
+        raise ConfigError(
+            f"--networks {' '.join(unknown)}: their steps have no cost on --device {args.device}; "
+            f"there are {', '.join(costs)}"
+        )
     units = [
         paper.Unit(network, dataset, seed, args.device)
         for seed in range(args.seeds)

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from ..engine.networks import Block, Network, Pool, networks
-from ..engine.test_random import EXAMPLES, Setting, a_setting, check_steps
+from ..engine.test_random import Setting, a_setting, check_steps, examples
 from .conftest import Gpu
 
 
@@ -41,14 +41,7 @@ def of_kernels(network: Network) -> Network:
     )
 
 
-@settings(
-    max_examples=EXAMPLES or 100,
-    derandomize=not EXAMPLES,
-    database=None,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
+@examples(100)
 @given(networks(), a_setting)
 @pytest.mark.filterwarnings("ignore:convert. Sequential has no bias")
 def test_steps(chains: Gpu, network: Network, setting: Setting):

@@ -320,14 +320,19 @@ def check_step(ours: nn.Module, base: nn.Module, shape, setting: Setting, step: 
         near(actual, expected, exact, setting, step.window)
 
 
-@settings(
-    max_examples=EXAMPLES or 500,
-    derandomize=not EXAMPLES,
-    database=None,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
+def examples(count: int) -> settings:
+    """So many, always the same ones, unless others are asked for."""
+    return settings(
+        max_examples=EXAMPLES or count,
+        derandomize=not EXAMPLES,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@examples(500)
 @given(networks(), a_setting)
 @pytest.mark.filterwarnings("ignore:convert. Sequential has no bias")
 def test_steps(network: Network, setting: Setting):
