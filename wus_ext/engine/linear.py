@@ -64,8 +64,6 @@ class Products:
         """Of a weight that stands still: packed once for a skip window, where that pays."""
         sources, weight = (weight,), weight.detach()
         if weight.dtype != input.dtype:
-            if not linear.skip_wgrad:
-                return cls(weight.to(input.dtype))
             name = ("cast", input.dtype)
             return cls(packed.get(linear, name, sources, lambda: weight.to(input.dtype)))
         if (

@@ -84,10 +84,16 @@ class PackedWeights:
         sources: tuple[Tensor, ...],
         make: Callable[[], Tensor],
     ) -> Tensor:
-        """The copy of this name, made by `make` unless `sources` are what they were."""
+        """The copy of this name, made by `make` unless `sources` are what they were.
+
+        It is kept where the weight stands still: in a window, or where it is checked.
+        """
+        checked = _is_checked(layer)
+        if not (checked or getattr(layer, "skip_wgrad", False)):
+            return make()
         copies = self._layers.setdefault(layer, {})
         copy = copies.get(name)
-        values = self._values(sources) if _is_checked(layer) else None
+        values = self._values(sources) if checked else None
         if copy is None or not copy.is_of(sources) or copy.values != values:
             copies.pop(name, None)
             copy = copies[name] = _Copy(tuple(map(_Source, sources)), make(), values)

@@ -112,6 +112,4 @@ def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
 
     if weight.folded is None and own.dtype == dtype and own.is_contiguous(memory_format=layout):
         return own
-    if not getattr(weight.layer, "skip_wgrad", False):
-        return make()
     return packed.get(weight.layer, ("cast", dtype, weight.folded is None), weight.sources, make)
