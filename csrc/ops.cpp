@@ -112,7 +112,7 @@ TORCH_LIBRARY(wus, m) {
   m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear_dgrad(Tensor grad_output, Tensor weight) -> Tensor");
   // Depthwise convolution on the CPU (groups == inputs == outputs; 3x3 or 5x5, stride 1 or 2 in
-  // both directions, dilation 1; float32, channels_last).
+  // both directions, dilation 1; channels_last). Maps are float32 or bfloat16, all else float32.
   //
   // input [N, C, H, W], weight [C, 1, k, k] -> act(conv + bias) [N, C, H', W']; saved: what
   // backward needs, bits uint8 [N * H' * W', ceil(C / 8)] for act 1 to 4, the act's input for

@@ -7,23 +7,53 @@
 #include <algorithm>
 
 #include "common/rows.h"
+#include "cpu/simd/element.h"
 
 namespace wus::cpu {
 
-inline void check_float(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kFloat, name,
-                    " must be a float32 tensor on the CPU, got ", t.scalar_type(), " on ",
-                    t.device());
+template <class T>
+constexpr at::ScalarType kTypeOf = at::kFloat;
+template <>
+inline constexpr at::ScalarType kTypeOf<Bf16> = at::kBFloat16;
+
+template <class T>
+void check_type(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == kTypeOf<T>, name, " must be a ",
+                    kTypeOf<T> == at::kFloat ? "float32" : "bfloat16", " tensor on the CPU, got ",
+                    t.scalar_type(), " on ", t.device());
 }
 
+// body(an element of the tensor's type)
+template <class Body>
+auto for_type(const at::Tensor& t, const char* name, const Body& body) {
+  TORCH_CHECK_VALUE(
+      t.device().is_cpu() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16),
+      name, " must be a float32 or bfloat16 tensor on the CPU, got ", t.scalar_type(), " on ",
+      t.device());
+  return t.scalar_type() == at::kFloat ? body(float{}) : body(Bf16{});
+}
+
+inline void check_float(const at::Tensor& t, const char* name) { check_type<float>(t, name); }
+
 // The tensor dense in rows x channels: itself, or a copy.
-inline at::Tensor as_rows(const at::Tensor& t, const char* name) {
-  check_float(t, name);
+template <class T = float>
+at::Tensor as_rows(const at::Tensor& t, const char* name) {
+  check_type<T>(t, name);
   return t.contiguous(row_format(t));
 }
 
 inline at::Tensor nothing(const at::Tensor& like, at::ScalarType type = at::kFloat) {
   return at::empty({0}, like.options().dtype(type));
+}
+
+// Its elements; null where it is undefined or has none.
+template <class T = float>
+const T* data(const at::Tensor& t) {
+  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
+template <class T = float>
+T* mutable_data(const at::Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
 // Elements worth a thread of their own.

@@ -78,7 +78,7 @@ def run_conv(
     images = input.size(0)
     if not weight_trains and torch.is_grad_enabled():
         gradient = weight.nbytes if weight.requires_grad else 0
-        engine.packed.saves(conv, gradient + saved_by(act, plan.sizes))
+        engine.packed.saves(conv, gradient + saved_by(act, plan.sizes, plan.dtype))
 
     def algorithm(weight: Weight, backward: bool) -> Algorithm:
         geometry, options = plan.geometry, engine.options
@@ -177,7 +177,7 @@ def run_linear(
         product = Products.training(linear, weight, input.dtype)
         return LinearAct.apply(input, bias, weight, product, act, noise, p)
     if torch.is_grad_enabled():
-        engine.packed.saves(linear, weight.nbytes + saved_by(act, plan.sizes))
+        engine.packed.saves(linear, weight.nbytes + saved_by(act, plan.sizes, plan.dtype))
     product = Products.frozen(linear, weight, input, engine.packed, wants_dgrad(input))
     return LinearAct.apply(input, bias, None, product, act, noise, p)
 
@@ -198,7 +198,7 @@ def wants_dgrad(input: Tensor) -> bool:
     return input.requires_grad and torch.is_grad_enabled()
 
 
-def saved_by(act: Act, sizes: Sequence[int]) -> int:
+def saved_by(act: Act, sizes: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes that stock saves of an activation, and a chain does not: its output, for the next.
 
     Args:
@@ -208,9 +208,9 @@ def saved_by(act: Act, sizes: Sequence[int]) -> int:
         return 0
     elements = math.prod(sizes)
     if act.pool is None:
-        return elements * 4 - (elements // 8 if act.kind.bits else 0)
+        return elements * dtype.itemsize - (elements // 8 if act.kind.bits else 0)
     # Of a pool stock saves indices of 8 bytes, a chain codes of one.
-    return elements * 4 + elements // act.pool.stride**2 * 7
+    return elements * dtype.itemsize + elements // act.pool.stride**2 * 7
 
 
 def normalised(image: Tensor, norm: Norm, residual: Tensor | None, act: Act) -> Tensor:

@@ -68,6 +68,7 @@ class Products:
             return cls(packed.get(linear, name, sources, lambda: weight.to(input.dtype)))
         if (
             on_gpu(weight)
+            or weight.dtype != torch.float32
             or not linear.skip_wgrad  # to check a copy costs as much as it saves
             or weight.numel() < LARGE
             or not torch.backends.mkldnn.enabled

@@ -9,7 +9,7 @@ from .._build import build_info
 from .._torch import in_a_transform, is_batched_by_autograd
 
 #: Types of the fused kernels' tensors, by device.
-TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32,)}
+TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.bfloat16)}
 if build_info()["cuda"] is not None:
     TYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 

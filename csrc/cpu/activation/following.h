@@ -11,10 +11,11 @@ namespace wus::cpu {
 
 // Nothing or an activation, whose input is kept unless kept is null, and whose bits unless mask is
 // null.
+template <class T>
 struct Following {
   int act;
   float slope;
-  float* kept;
+  T* kept;
   uint8_t* mask;
 
   // Returns what is saved of an activation behind `output`: bits, its input, or [0].
@@ -26,7 +27,7 @@ struct Following {
     if (has_bits(act)) {
       mask = saved.mutable_data_ptr<uint8_t>();
     } else {
-      kept = saved.mutable_data_ptr<float>();
+      kept = mutable_data<T>(saved);
     }
     return saved;
   }

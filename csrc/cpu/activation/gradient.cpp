@@ -24,11 +24,13 @@ at::Tensor per_channel(const std::optional<at::Tensor>& t, const char* name, int
   return t ? per_channel(*t, name, channels) : at::Tensor();
 }
 
-PassedGradient::PassedGradient(const at::Tensor& grad_output, const std::optional<at::Tensor>& mask,
-                               const std::optional<at::Tensor>& x, const char* x_name,
-                               const at::Tensor& scale, const at::Tensor& shift, int64_t act,
-                               double slope)
-    : grad(as_rows(grad_output, "grad_output")), scale_(scale), shift_(shift) {
+template <class T>
+PassedGradient<T>::PassedGradient(const at::Tensor& grad_output,
+                                  const std::optional<at::Tensor>& mask,
+                                  const std::optional<at::Tensor>& x, const char* x_name,
+                                  const at::Tensor& scale, const at::Tensor& shift, int64_t act,
+                                  double slope)
+    : grad(as_rows<T>(grad_output, "grad_output")), scale_(scale), shift_(shift) {
   check_act(act);
   const Rows shape(grad);
   rows = shape.rows;
@@ -42,17 +44,13 @@ PassedGradient::PassedGradient(const at::Tensor& grad_output, const std::optiona
                       " must be given for act ", act, ", got neither");
   }
   if (x) {
-    x_ = as_rows(*x, x_name);
+    x_ = as_rows<T>(*x, x_name);
     check_same_size(grad, "grad_output", x_, x_name);
   }
-  op = {data(grad),
-        mask_.defined() ? mask_.const_data_ptr<uint8_t>() : nullptr,
-        data(x_),
-        data(scale_),
-        data(shift_),
-        shape.channels,
-        static_cast<int>(act),
-        static_cast<float>(slope)};
+  op = {data<T>(grad),         mask_.defined() ? mask_.const_data_ptr<uint8_t>() : nullptr,
+        data<T>(x_),           data(scale_),
+        data(shift_),          shape.channels,
+        static_cast<int>(act), static_cast<float>(slope)};
 }
 
 namespace {
@@ -64,9 +62,11 @@ at::Tensor row_of(const std::optional<at::Tensor>& norm, int64_t row) {
 
 }  // namespace
 
-PassedGradient::PassedGradient(const at::Tensor& grad_output, const std::optional<at::Tensor>& mask,
-                               const std::optional<at::Tensor>& z,
-                               const std::optional<at::Tensor>& norm, int64_t act, double slope)
+template <class T>
+PassedGradient<T>::PassedGradient(const at::Tensor& grad_output,
+                                  const std::optional<at::Tensor>& mask,
+                                  const std::optional<at::Tensor>& z,
+                                  const std::optional<at::Tensor>& norm, int64_t act, double slope)
     : PassedGradient(grad_output, mask, z, "z", row_of(norm, 3), row_of(norm, 4), act, slope) {
   if (!norm) return;
   check_float(*norm, "batch_norm");
@@ -83,13 +83,17 @@ PassedGradient::PassedGradient(const at::Tensor& grad_output, const std::optiona
   coefficients_ = {data(rows_), data(rows_) + channels, data(rows_) + 2 * channels};
 }
 
-at::Tensor PassedGradient::sum() const {
-  return sum_over_rows(
-             rows, op.channels, op.channels,
-             [&](int64_t begin, int64_t end, double* sums) {
-               WUS_DISPATCH(activation_kernels).grad_sums(op, nullptr, begin, end, sums, nullptr);
-             })
+template <class T>
+at::Tensor PassedGradient<T>::sum() const {
+  return sum_over_rows(rows, op.channels, op.channels,
+                       [&](int64_t begin, int64_t end, double* sums) {
+                         WUS_DISPATCH(activation_kernels<T>())
+                             .grad_sums(op, nullptr, begin, end, sums, nullptr);
+                       })
       .to(at::kFloat);
 }
+
+template class PassedGradient<float>;
+template class PassedGradient<Bf16>;
 
 }  // namespace wus::cpu

@@ -16,11 +16,8 @@ at::Tensor per_channel(const at::Tensor& t, const char* name, int64_t channels,
                        at::ScalarType type = at::kFloat);
 at::Tensor per_channel(const std::optional<at::Tensor>& t, const char* name, int64_t channels);
 
-inline const float* data(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<float>() : nullptr;
-}
-
-// Checked and dense; `op` points into the tensors that it holds.
+// Checked and dense, of elements T; `op` points into the tensors that it holds.
+template <class T>
 class PassedGradient {
  public:
   // mask: bits. x, named `x_name` in errors: input of the normalisation if there are scale and
@@ -40,7 +37,7 @@ class PassedGradient {
 
   at::Tensor grad;
   int64_t rows;
-  ActivationGrad op{};
+  ActivationGrad<T> op{};
 
  private:
   at::Tensor mask_, x_, scale_, shift_, rows_;

@@ -10,14 +10,14 @@ WUS_INLINE Vec affine(Vec x, const float* scale, const float* shift, int64_t c, 
   return x * load(scale + c, lanes) + load(shift + c, lanes);
 }
 
-template <class Act, bool kAffine, bool kResidual>
-WUS_INLINE void forward_rows(const Activated& op, int64_t begin, int64_t end, RowsOut output,
-                             uint8_t* mask) {
-  const Activated o = op;
+template <class Act, bool kAffine, bool kResidual, class T, class Out>
+WUS_INLINE void forward_rows(const Activated<T>& op, int64_t begin, int64_t end,
+                             RowsOut<Out> output, uint8_t* mask) {
+  const Activated<T> o = op;
   const int64_t bytes = mask_bytes(o.channels);
   for (int64_t r = begin; r < end; ++r) {
-    const float* x = o.x + r * o.channels;
-    const float* residual = kResidual ? o.residual + r * o.channels : nullptr;
+    const T* x = o.x + r * o.channels;
+    const T* residual = kResidual ? o.residual + r * o.channels : nullptr;
     for_channels(o.channels, [=](int64_t c, int lanes) WUS_INLINE_LAMBDA {
       Vec y = load(x + c, lanes);
       if (kAffine) y = affine(y, o.scale, o.shift, c, lanes);
@@ -32,19 +32,26 @@ WUS_INLINE void forward_rows(const Activated& op, int64_t begin, int64_t end, Ro
   }
 }
 
-// Rows as they are, in one piece where they lie and go without gaps.
-WUS_INLINE void copy_rows(const float* rows, int64_t count, int64_t channels, RowsOut output) {
-  if (output.stride == channels) {
-    __builtin_memcpy(output.data, rows, count * channels * sizeof(float));
-    return;
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    __builtin_memcpy(output.data + r * output.stride, rows + r * channels,
-                     channels * sizeof(float));
+// Rows as they are, of one type in one piece where they lie and go without gaps.
+template <class T, class Out>
+WUS_INLINE void copy_rows(const T* rows, int64_t count, int64_t channels, RowsOut<Out> output) {
+  const bool dense = output.stride == channels;
+  const int64_t pieces = dense ? 1 : count, length = dense ? count * channels : channels;
+  for (int64_t r = 0; r < pieces; ++r) {
+    const T* from = rows + r * length;
+    Out* to = output.data + r * output.stride;
+    if constexpr (__is_same(T, Out)) {
+      __builtin_memcpy(to, from, length * sizeof(T));
+    } else {
+      for_channels(length, [=](int64_t c, int lanes)
+                               WUS_INLINE_LAMBDA { store(to + c, load(from + c, lanes), lanes); });
+    }
   }
 }
 
-void forward(const Activated& op, int64_t begin, int64_t end, RowsOut output, uint8_t* mask) {
+template <class T, class Out>
+void forward(const Activated<T>& op, int64_t begin, int64_t end, RowsOut<Out> output,
+             uint8_t* mask) {
   if (op.act == kNone && !op.scale && !op.residual) {
     return copy_rows(op.x + begin * op.channels, end - begin, op.channels, output);
   }
@@ -66,8 +73,8 @@ struct SlopeFrom {
   static constexpr Slope value = kSlope;
 };
 
-template <class Act, Slope kSlope>
-WUS_INLINE Vec passed(const ActivationGrad& op, int64_t row, int64_t c, int lanes) {
+template <class Act, Slope kSlope, class T>
+WUS_INLINE Vec passed(const ActivationGrad<T>& op, int64_t row, int64_t c, int lanes) {
   const Vec g = load(op.grad + row * op.channels + c, lanes), slope = broadcast(op.slope);
   if constexpr (kSlope == Slope::bits) {
     const uint8_t* bits = op.mask + row * mask_bytes(op.channels) + c / 8;
@@ -81,10 +88,10 @@ WUS_INLINE Vec passed(const ActivationGrad& op, int64_t row, int64_t c, int lane
   }
 }
 
-template <class Act, Slope kSlope, bool kNorm>
-WUS_INLINE void backward_rows(const ActivationGrad& op, const NormCoefficients* coefficients,
-                              int64_t begin, int64_t end, RowsOut output, float* gated) {
-  const ActivationGrad o = op;
+template <class Act, Slope kSlope, bool kNorm, class T, class Out>
+WUS_INLINE void backward_rows(const ActivationGrad<T>& op, const NormCoefficients* coefficients,
+                              int64_t begin, int64_t end, RowsOut<Out> output, Out* gated) {
+  const ActivationGrad<T> o = op;
   const NormCoefficients k = kNorm ? *coefficients : NormCoefficients{};
   for (int64_t r = begin; r < end; ++r) {
     for_channels(o.channels, [=](int64_t c, int lanes) WUS_INLINE_LAMBDA {
@@ -101,10 +108,10 @@ WUS_INLINE void backward_rows(const ActivationGrad& op, const NormCoefficients* 
   }
 }
 
-template <class Act, Slope kSlope, bool kNorm>
-WUS_INLINE void sum_rows_passed(const ActivationGrad& op, const float* mean, int64_t begin,
-                                int64_t end, double* sums, float* gated) {
-  const ActivationGrad o = op;
+template <class Act, Slope kSlope, bool kNorm, class T>
+WUS_INLINE void sum_rows_passed(const ActivationGrad<T>& op, const float* mean, int64_t begin,
+                                int64_t end, double* sums, T* gated) {
+  const ActivationGrad<T> o = op;
   sum_rows<kNorm ? 2 : 1>(end - begin, o.channels, sums,
                           [=](int64_t r, int64_t c, int lanes, Vec* total) WUS_INLINE_LAMBDA {
                             const Vec g = passed<Act, kSlope>(o, begin + r, c, lanes);
@@ -118,8 +125,8 @@ WUS_INLINE void sum_rows_passed(const ActivationGrad& op, const float* mean, int
 }
 
 // body(activation, where its slope comes from)
-template <class Body>
-WUS_INLINE void for_slope(const ActivationGrad& op, const Body& body) {
+template <class T, class Body>
+WUS_INLINE void for_slope(const ActivationGrad<T>& op, const Body& body) {
   for_activation(op.act, [&](auto act) WUS_INLINE_LAMBDA {
     if constexpr (decltype(act)::kBits) {
       if (op.mask) return body(act, SlopeFrom<Slope::bits>{});
@@ -128,8 +135,9 @@ WUS_INLINE void for_slope(const ActivationGrad& op, const Body& body) {
   });
 }
 
-void backward(const ActivationGrad& op, const NormCoefficients* coefficients, int64_t begin,
-              int64_t end, RowsOut output, float* gated) {
+template <class T, class Out>
+void backward(const ActivationGrad<T>& op, const NormCoefficients* coefficients, int64_t begin,
+              int64_t end, RowsOut<Out> output, Out* gated) {
   if (op.act == kNone && !coefficients && !gated) {
     return copy_rows(op.grad + begin * op.channels, end - begin, op.channels, output);
   }
@@ -141,8 +149,9 @@ void backward(const ActivationGrad& op, const NormCoefficients* coefficients, in
   });
 }
 
-void grad_sums(const ActivationGrad& op, const float* mean, int64_t begin, int64_t end,
-               double* sums, float* gated) {
+template <class T>
+void grad_sums(const ActivationGrad<T>& op, const float* mean, int64_t begin, int64_t end,
+               double* sums, T* gated) {
   for_slope(op, [&](auto act, auto slope) WUS_INLINE_LAMBDA {
     using Act = decltype(act);
     constexpr Slope kSlope = decltype(slope)::value;
@@ -153,7 +162,14 @@ void grad_sums(const ActivationGrad& op, const float* mean, int64_t begin, int64
 
 }  // namespace activation
 
-const ActivationKernels activation_kernels = {activation::forward, activation::backward,
-                                              activation::grad_sums};
+template <class T>
+const ActivationKernels<T>& activation_kernels() {
+  static constexpr ActivationKernels<T> table = {
+      activation::forward<T, T>, activation::backward<T, T>, activation::grad_sums<T>,
+      activation::forward<float, T>, activation::backward<T, float>};
+  return table;
+}
+template const ActivationKernels<float>& activation_kernels();
+template const ActivationKernels<Bf16>& activation_kernels();
 
 }  // namespace wus::cpu::WUS_ISA

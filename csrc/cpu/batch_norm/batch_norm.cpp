@@ -9,6 +9,7 @@
 #include "cpu/activation/gradient.h"
 #include "cpu/batch_norm/kernels.h"
 #include "cpu/batch_norm/statistics.h"
+#include "cpu/maps.h"
 #include "cpu/parallel_rows.h"
 #include "cpu/pool/pool.h"
 
@@ -28,16 +29,19 @@ std::optional<PoolShape> pool_behind(at::IntArrayRef pool, int64_t act, const at
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& input) {
-  const at::Tensor x = as_rows(input, "input");
-  const Rows shape(x);
-  const int64_t channels = shape.channels;
-  const float* in = x.const_data_ptr<float>();
-  const at::Tensor moments = sum_over_rows(
-      shape.rows, channels, 2 * channels, [&](int64_t begin, int64_t end, double* sums) {
-        WUS_DISPATCH(batch_norm_kernels)
-            .moments(in + begin * channels, end - begin, channels, sums);
-      });
-  return statistics(moments, shape.rows);
+  return for_type(input, "input", [&](auto element) {
+    using T = decltype(element);
+    const at::Tensor x = as_rows<T>(input, "input");
+    const Rows shape(x);
+    const int64_t channels = shape.channels;
+    const T* in = data<T>(x);
+    const at::Tensor moments = sum_over_rows(
+        shape.rows, channels, 2 * channels, [&](int64_t begin, int64_t end, double* sums) {
+          WUS_DISPATCH(batch_norm_kernels<T>())
+              .moments(in + begin * channels, end - begin, channels, sums);
+        });
+    return statistics(moments, shape.rows);
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_scale_shift(const at::Tensor& mean,
@@ -87,31 +91,29 @@ void batch_norm_update_running(at::Tensor running_mean, at::Tensor running_var,
   }
 }
 
+template <class T>
 std::tuple<at::Tensor, at::Tensor> pool_normalized(const at::Tensor& x, const at::Tensor& scale,
                                                    const at::Tensor& shift, const PoolShape& shape,
                                                    bool relu) {
   const int64_t batch = x.size(0), channels = x.size(1);
-  at::Tensor output = at::empty({batch, channels, shape.oh, shape.ow},
-                                x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor output = empty_map(x, channels, shape.oh, shape.ow);
   at::Tensor code = at::empty({batch, shape.oh, shape.ow, channels}, x.options().dtype(at::kByte));
-  const PooledNorm op = {shape, data(x), data(scale), data(shift), channels, relu};
-  float* out = output.data_ptr<float>();
+  const PooledNorm<T> op = {shape, data<T>(x), data(scale), data(shift), channels, relu};
+  T* out = mutable_data<T>(output);
   uint8_t* codes = code.data_ptr<uint8_t>();
   for_rows(batch * shape.oh * shape.ow, channels, [&](int64_t begin, int64_t end) {
-    WUS_DISPATCH(batch_norm_kernels).pool(op, begin, end, out, codes);
+    WUS_DISPATCH(batch_norm_kernels<T>()).pool(op, begin, end, out, codes);
   });
   return {output, code};
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
-                                                    const OptionalTensor& scale,
-                                                    const at::Tensor& shift,
-                                                    const OptionalTensor& residual, int64_t act,
-                                                    double slope, at::IntArrayRef pool,
-                                                    bool need_mask) {
-  check_act(act);
+template <class T>
+std::tuple<at::Tensor, at::Tensor> normalize(const at::Tensor& input, const OptionalTensor& scale,
+                                             const at::Tensor& shift,
+                                             const OptionalTensor& residual, int64_t act,
+                                             double slope, at::IntArrayRef pool, bool need_mask) {
   const auto shape = pool_behind(pool, act, input);
-  const at::Tensor x = as_rows(input, "input");
+  const at::Tensor x = as_rows<T>(input, "input");
   const Rows rows(x);
   const int64_t channels = rows.channels;
   const at::Tensor s = scale ? per_channel(*scale, "scale", channels)
@@ -124,40 +126,53 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
                       "residual needs an act whose backward needs no input (0 to 4) and no pool, "
                       "got act ",
                       act, " and pool ", pool);
-    added = as_rows(*residual, "residual");
+    added = as_rows<T>(*residual, "residual");
     check_same_size(added, "residual", x, "input");
   }
-  if (shape) return pool_normalized(x, s, t, *shape, act == kRelu);
+  if (shape) return pool_normalized<T>(x, s, t, *shape, act == kRelu);
   at::Tensor output = empty_rows(x);
   at::Tensor mask = bits && need_mask ? empty_mask(x) : nothing(x, at::kByte);
-  const Activated op = {data(x),
-                        data(s),
-                        data(t),
-                        data(added),
-                        channels,
-                        static_cast<int>(act),
-                        static_cast<float>(slope)};
-  float* out = output.data_ptr<float>();
+  const Activated<T> op = {data<T>(x),
+                           data(s),
+                           data(t),
+                           data<T>(added),
+                           channels,
+                           static_cast<int>(act),
+                           static_cast<float>(slope)};
+  T* out = mutable_data<T>(output);
   uint8_t* to = bits && need_mask ? mask.data_ptr<uint8_t>() : nullptr;
   for_rows(rows.rows, channels, [&](int64_t begin, int64_t end) {
-    WUS_DISPATCH(activation_kernels)
+    WUS_DISPATCH(activation_kernels<T>())
         .forward(op, begin, end, {out + begin * channels, channels},
                  to ? to + begin * rows.mask_bytes() : nullptr);
   });
   return {output, mask};
 }
 
+std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
+                                                    const OptionalTensor& scale,
+                                                    const at::Tensor& shift,
+                                                    const OptionalTensor& residual, int64_t act,
+                                                    double slope, at::IntArrayRef pool,
+                                                    bool need_mask) {
+  check_act(act);
+  return for_type(input, "input", [&](auto element) {
+    return normalize<decltype(element)>(input, scale, shift, residual, act, slope, pool, need_mask);
+  });
+}
+
 // The gradient behind a normalisation: what passes the activation, or a max-pool with its codes.
+template <class T>
 struct Backward {
   at::Tensor grad, x;
-  std::optional<PassedGradient> passed;  // without a pool
-  PooledNormGrad pooled{};               // with one
+  std::optional<PassedGradient<T>> passed;  // without a pool
+  PooledNormGrad<T> pooled{};               // with one
 
   Backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& mask,
            const OptionalTensor& scale, const OptionalTensor& shift, int64_t act, double slope,
            at::IntArrayRef pool) {
-    x = as_rows(input, "input");
-    grad = as_rows(grad_output, "grad_output");
+    x = as_rows<T>(input, "input");
+    grad = as_rows<T>(grad_output, "grad_output");
     const int64_t channels = Rows(x).channels;
     const auto shape = pool_behind(pool, act, x);
     if (!shape) {
@@ -176,7 +191,7 @@ struct Backward {
                       grad.sizes());
     TORCH_CHECK_VALUE(mask, "mask must be given for pool ", pool, ": the codes");
     check_bytes(*mask, "mask", {batch, shape->oh, shape->ow, channels});
-    pooled = {*shape, data(grad), data(x), mask->const_data_ptr<uint8_t>(), channels};
+    pooled = {*shape, data<T>(grad), data<T>(x), mask->const_data_ptr<uint8_t>(), channels};
   }
 };
 
@@ -184,21 +199,24 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
     const OptionalTensor& mask, const OptionalTensor& scale, const OptionalTensor& shift,
     int64_t act, double slope, at::IntArrayRef pool) {
-  const Backward backward(grad_output, input, mask, scale, shift, act, slope, pool);
-  const Rows shape(backward.grad);
-  const int64_t channels = shape.channels;
-  const at::Tensor m = per_channel(mean, "mean", channels);
-  const at::Tensor sums = sum_over_rows(
-      shape.rows, channels, 2 * channels, [&](int64_t begin, int64_t end, double* sum) {
-        if (backward.passed) {
-          WUS_DISPATCH(activation_kernels)
-              .grad_sums(backward.passed->op, data(m), begin, end, sum, nullptr);
-        } else {
-          WUS_DISPATCH(batch_norm_kernels)
-              .pool_grad_sums(backward.pooled, data(m), begin, end, sum);
-        }
-      });
-  return {sums.narrow(0, 0, channels).clone(), sums.narrow(0, channels, channels).clone()};
+  return for_type(input, "input", [&](auto element) -> std::tuple<at::Tensor, at::Tensor> {
+    using T = decltype(element);
+    const Backward<T> backward(grad_output, input, mask, scale, shift, act, slope, pool);
+    const Rows shape(backward.grad);
+    const int64_t channels = shape.channels;
+    const at::Tensor m = per_channel(mean, "mean", channels);
+    const at::Tensor sums = sum_over_rows(
+        shape.rows, channels, 2 * channels, [&](int64_t begin, int64_t end, double* sum) {
+          if (backward.passed) {
+            WUS_DISPATCH(activation_kernels<T>())
+                .grad_sums(backward.passed->op, data(m), begin, end, sum, nullptr);
+          } else {
+            WUS_DISPATCH(batch_norm_kernels<T>())
+                .pool_grad_sums(backward.pooled, data(m), begin, end, sum);
+          }
+        });
+    return {sums.narrow(0, 0, channels).clone(), sums.narrow(0, channels, channels).clone()};
+  });
 }
 
 // d loss / d x = gamma * invstd * (g - mean(g) - xhat * mean(g * xhat)) as a * g + b * x + c0.
@@ -237,28 +255,32 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_input(
   TORCH_CHECK_VALUE(!need_grad_residual || (mask && pool.empty()),
                     "need_grad_residual needs a mask of bits and no pool, got act ", act,
                     " and pool ", pool);
-  const Backward backward(grad_output, input, mask, scale, shift, act, slope, pool);
-  const Rows shape(backward.x);
-  const int64_t channels = shape.channels;
-  const at::Tensor a_ = per_channel(a, "a", channels), b_ = per_channel(b, "b", channels),
-                   c_ = per_channel(c0, "c0", channels);
-  const NormCoefficients coefficients = {data(a_), data(b_), data(c_)};
-  at::Tensor grad_input = empty_rows(backward.x);
-  at::Tensor grad_residual = need_grad_residual ? empty_rows(backward.x) : nothing(backward.x);
-  float* out = grad_input.data_ptr<float>();
-  float* residual = need_grad_residual ? grad_residual.data_ptr<float>() : nullptr;
-  for_rows(shape.rows, channels, [&](int64_t begin, int64_t end) {
-    if (backward.passed) {
-      const int64_t i = begin * channels;
-      WUS_DISPATCH(activation_kernels)
-          .backward(backward.passed->op, &coefficients, begin, end, {out + i, channels},
-                    residual ? residual + i : nullptr);
-    } else {
-      WUS_DISPATCH(batch_norm_kernels)
-          .pool_grad_input(backward.pooled, coefficients, begin, end, out);
-    }
+  return for_type(input, "input", [&](auto element) -> std::tuple<at::Tensor, at::Tensor> {
+    using T = decltype(element);
+    const Backward<T> backward(grad_output, input, mask, scale, shift, act, slope, pool);
+    const Rows shape(backward.x);
+    const int64_t channels = shape.channels;
+    const at::Tensor a_ = per_channel(a, "a", channels), b_ = per_channel(b, "b", channels),
+                     c_ = per_channel(c0, "c0", channels);
+    const NormCoefficients coefficients = {data(a_), data(b_), data(c_)};
+    at::Tensor grad_input = empty_rows(backward.x);
+    at::Tensor grad_residual =
+        need_grad_residual ? empty_rows(backward.x) : nothing(backward.x, kTypeOf<T>);
+    T* out = mutable_data<T>(grad_input);
+    T* residual = need_grad_residual ? mutable_data<T>(grad_residual) : nullptr;
+    for_rows(shape.rows, channels, [&](int64_t begin, int64_t end) {
+      if (backward.passed) {
+        const int64_t i = begin * channels;
+        WUS_DISPATCH(activation_kernels<T>())
+            .backward(backward.passed->op, &coefficients, begin, end, {out + i, channels},
+                      residual ? residual + i : nullptr);
+      } else {
+        WUS_DISPATCH(batch_norm_kernels<T>())
+            .pool_grad_input(backward.pooled, coefficients, begin, end, out);
+      }
+    });
+    return {grad_input, grad_residual};
   });
-  return {grad_input, grad_residual};
 }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) {

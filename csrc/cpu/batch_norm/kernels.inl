@@ -4,8 +4,8 @@
 namespace wus::cpu::WUS_ISA {
 namespace batch_norm {
 
-template <int Vectors>
-WUS_INLINE void moments_tile(const float* x, int64_t rows, int64_t channels, double* sum,
+template <int Vectors, class T>
+WUS_INLINE void moments_tile(const T* x, int64_t rows, int64_t channels, double* sum,
                              double* squares) {
   DVec s[Vectors] = {}, q[Vectors] = {};
   for (int64_t r = 0; r < rows; ++r) {
@@ -21,12 +21,13 @@ WUS_INLINE void moments_tile(const float* x, int64_t rows, int64_t channels, dou
   }
 }
 
-void moments(const float* x, int64_t rows, int64_t channels, double* moments) {
+template <class T>
+void moments(const T* x, int64_t rows, int64_t channels, double* moments) {
   constexpr int kVectors = 4;
   double* squares = moments + channels;
   for (int64_t first = 0; first < rows; first += kChain) {
     const int64_t n = rows - first < kChain ? rows - first : kChain;
-    const float* block = x + first * channels;
+    const T* block = x + first * channels;
     int64_t c = 0;
     for (; c + kVectors * kDoubleWidth <= channels; c += kVectors * kDoubleWidth) {
       moments_tile<kVectors>(block + c, n, channels, moments + c, squares + c);
@@ -36,7 +37,7 @@ void moments(const float* x, int64_t rows, int64_t channels, double* moments) {
     }
     for (; c < channels; ++c) {
       for (int64_t r = 0; r < n; ++r) {
-        const double d = block[r * channels + c];
+        const double d = widened(block + r * channels + c);
         moments[c] += d;
         squares[c] += d * d;
       }
@@ -44,8 +45,9 @@ void moments(const float* x, int64_t rows, int64_t channels, double* moments) {
   }
 }
 
-void pool(const PooledNorm& op, int64_t begin, int64_t end, float* output, uint8_t* code) {
-  const PooledNorm o = op;
+template <class T>
+void pool(const PooledNorm<T>& op, int64_t begin, int64_t end, T* output, uint8_t* code) {
+  const PooledNorm<T> o = op;
   max_pool(
       o.shape, o.channels, o.relu, begin, end,
       [=](int64_t row, int64_t c, int lanes) WUS_INLINE_LAMBDA {
@@ -56,10 +58,10 @@ void pool(const PooledNorm& op, int64_t begin, int64_t end, float* output, uint8
 }
 
 // Of each window only the element that won passes a gradient.
-template <int kKernel>
-WUS_INLINE void sum_winners(const PooledNormGrad& op, const float* mean, int64_t begin, int64_t end,
-                            double* sums) {
-  const PooledNormGrad o = op;
+template <int kKernel, class T>
+WUS_INLINE void sum_winners(const PooledNormGrad<T>& op, const float* mean, int64_t begin,
+                            int64_t end, double* sums) {
+  const PooledNormGrad<T> o = op;
   PoolWindow window(o.shape, begin);
   for (int64_t first = begin; first < end; first += kChain) {
     const int64_t n = end - first < kChain ? end - first : kChain;
@@ -76,12 +78,12 @@ WUS_INLINE void sum_winners(const PooledNormGrad& op, const float* mean, int64_t
                 [=](int64_t r, int64_t c, int lanes, Vec* total) WUS_INLINE_LAMBDA {
                   const int64_t i = (first + r) * o.channels + c;
                   const IVec code = load_bytes(o.code + i, lanes);
-                  const float* origin = o.x + at[r].origin * o.channels + c;
+                  const T* origin = o.x + at[r].origin * o.channels + c;
                   Vec x = zero();
                   for_window<kKernel>(
                       at[r].rows, at[r].cols, [&](int64_t dy, int64_t dx) WUS_INLINE_LAMBDA {
                         const IVec won = code == (int32_t)(dy * o.shape.kernel + dx);
-                        const float* pixel = origin + (dy * o.shape.width + dx) * o.channels;
+                        const T* pixel = origin + (dy * o.shape.width + dx) * o.channels;
                         x = select(won, load(pixel, lanes), x);
                       });
                   const IVec blocked = code == o.shape.blocked();
@@ -92,7 +94,8 @@ WUS_INLINE void sum_winners(const PooledNormGrad& op, const float* mean, int64_t
   }
 }
 
-void pool_grad_sums(const PooledNormGrad& op, const float* mean, int64_t begin, int64_t end,
+template <class T>
+void pool_grad_sums(const PooledNormGrad<T>& op, const float* mean, int64_t begin, int64_t end,
                     double* sums) {
   switch (op.shape.kernel) {
     case 2:
@@ -104,10 +107,11 @@ void pool_grad_sums(const PooledNormGrad& op, const float* mean, int64_t begin, 
   }
 }
 
-void pool_grad_input(const PooledNormGrad& op, const NormCoefficients& coefficients, int64_t begin,
-                     int64_t end, float* grad_input) {
+template <class T>
+void pool_grad_input(const PooledNormGrad<T>& op, const NormCoefficients& coefficients,
+                     int64_t begin, int64_t end, T* grad_input) {
   const NormCoefficients k = coefficients;
-  const float* x = op.x;
+  const T* x = op.x;
   const int64_t channels = op.channels;
   unpool_pixels(op.shape, channels, op.grad, op.code, begin, end,
                 [=](int64_t pixel, int64_t c, int lanes, Vec g) WUS_INLINE_LAMBDA {
@@ -119,7 +123,14 @@ void pool_grad_input(const PooledNormGrad& op, const NormCoefficients& coefficie
 
 }  // namespace batch_norm
 
-const BatchNormKernels batch_norm_kernels = {
-    batch_norm::moments, batch_norm::pool, batch_norm::pool_grad_sums, batch_norm::pool_grad_input};
+template <class T>
+const BatchNormKernels<T>& batch_norm_kernels() {
+  static constexpr BatchNormKernels<T> table = {batch_norm::moments<T>, batch_norm::pool<T>,
+                                                batch_norm::pool_grad_sums<T>,
+                                                batch_norm::pool_grad_input<T>};
+  return table;
+}
+template const BatchNormKernels<float>& batch_norm_kernels();
+template const BatchNormKernels<Bf16>& batch_norm_kernels();
 
 }  // namespace wus::cpu::WUS_ISA

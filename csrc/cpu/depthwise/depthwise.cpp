@@ -1,5 +1,5 @@
-// Depthwise convolution (groups == inputs == outputs), float32, maps channels_last. Schemas, shapes
-// and layouts: see ops.cpp.
+// Depthwise convolution (groups == inputs == outputs), maps of float32 or bfloat16, channels_last.
+// Schemas, shapes and layouts: see ops.cpp.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -59,23 +59,24 @@ void check_map(const Tensor& map, const char* name, const DepthwiseShape& s, int
                     height, ", ", width, "], got ", map.sizes());
 }
 
+template <class T>
 struct Forward {
   Tensor input, weight, bias, output;
-  DepthwiseForward work{};
+  DepthwiseForward<T> work{};
 
   Forward(const Tensor& x, const Tensor& w, const OptionalTensor& b, at::IntArrayRef stride,
           at::IntArrayRef padding)
-      : input(as_rows(x, "input")), weight(w.contiguous()) {
+      : input(as_rows<T>(x, "input")), weight(w.contiguous()) {
     TORCH_CHECK_VALUE(x.dim() == 4, "depthwise: input must be [N, C, H, W], got shape ", x.sizes());
     const DepthwiseShape s = shape_of(x.size(0), w, x.sizes().slice(2), stride, padding);
     check_map(x, "input", s, s.height, s.width);
     bias = per_channel(b, "bias", s.channels);
     output = empty_map(input, s.channels, s.oh, s.ow);
     work.shape = s;
-    work.input = data(input);
+    work.input = data<T>(input);
     work.weight = data(weight);
     work.bias = data(bias);
-    work.output = output.mutable_data_ptr<float>();
+    work.output = mutable_data<T>(output);
   }
 };
 
@@ -83,10 +84,12 @@ std::tuple<Tensor, Tensor> depthwise_forward(const Tensor& input, const Tensor& 
                                              const OptionalTensor& bias, at::IntArrayRef stride,
                                              at::IntArrayRef padding, int64_t act, double slope) {
   check_act(act);
-  Forward forward(input, weight, bias, stride, padding);
-  const Tensor saved = forward.work.following.set(forward.output, act, slope);
-  run_depthwise(forward.work);
-  return {forward.output, saved};
+  return for_type(input, "input", [&](auto element) -> std::tuple<Tensor, Tensor> {
+    Forward<decltype(element)> forward(input, weight, bias, stride, padding);
+    const Tensor saved = forward.work.following.set(forward.output, act, slope);
+    run_depthwise(forward.work);
+    return {forward.output, saved};
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_forward_stats(const Tensor& input,
@@ -94,10 +97,12 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_forward_stats(const Tensor& input,
                                                            const OptionalTensor& bias,
                                                            at::IntArrayRef stride,
                                                            at::IntArrayRef padding) {
-  const Forward forward(input, weight, bias, stride, padding);
-  const auto& s = forward.work.shape;
-  const auto [mean, var] = statistics(run_depthwise_sums(forward.work), s.images * s.oh * s.ow);
-  return {forward.output, mean, var};
+  return for_type(input, "input", [&](auto element) -> std::tuple<Tensor, Tensor, Tensor> {
+    const Forward<decltype(element)> forward(input, weight, bias, stride, padding);
+    const auto& s = forward.work.shape;
+    const auto [mean, var] = statistics(run_depthwise_sums(forward.work), s.images * s.oh * s.ow);
+    return {forward.output, mean, var};
+  });
 }
 
 // Of sums float64 [taps][channels].
@@ -115,6 +120,34 @@ Tensor weight_gradient(const Tensor& sums, const Tensor& weight) {
   return grad;
 }
 
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> backward(const DepthwiseShape& s,
+                                            const PassedGradient<T>& gradient, const Tensor& weight,
+                                            const OptionalTensor& input, bool need_grad_input,
+                                            bool need_grad_bias) {
+  const Tensor w = weight.contiguous();
+  DepthwiseBackward<T> work{};
+  work.shape = s;
+  work.grad = gradient.op;
+  work.norm = gradient.norm();
+  work.weight = data(w);
+  Tensor grad_input = nothing(gradient.grad, kTypeOf<T>);
+  if (need_grad_input) {
+    grad_input = empty_map(gradient.grad, s.channels, s.height, s.width);
+    work.grad_input = mutable_data<T>(grad_input);
+  }
+  Tensor source;
+  if (input) {
+    check_map(*input, "input", s, s.height, s.width);
+    source = as_rows<T>(*input, "input");
+    work.input = data<T>(source);
+    work.need_weight = true;
+  }
+  const Tensor sums = run_depthwise_backward(work);
+  return {grad_input, input ? weight_gradient(sums, weight) : nothing(w),
+          need_grad_bias ? gradient.sum() : nothing(w)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> depthwise_backward(
     const Tensor& grad_output, const Tensor& weight, const OptionalTensor& input,
     at::IntArrayRef input_size, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -124,28 +157,10 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(
                     grad_output.sizes());
   const DepthwiseShape s = shape_of(grad_output.size(0), weight, input_size, stride, padding);
   check_map(grad_output, "grad_output", s, s.oh, s.ow);
-  const PassedGradient gradient(grad_output, mask, z, norm, act, slope);
-  const Tensor w = weight.contiguous();
-  DepthwiseBackward work{};
-  work.shape = s;
-  work.grad = gradient.op;
-  work.norm = gradient.norm();
-  work.weight = data(w);
-  Tensor grad_input = nothing(gradient.grad);
-  if (need_grad_input) {
-    grad_input = empty_map(gradient.grad, s.channels, s.height, s.width);
-    work.grad_input = grad_input.mutable_data_ptr<float>();
-  }
-  Tensor source;
-  if (input) {
-    check_map(*input, "input", s, s.height, s.width);
-    source = as_rows(*input, "input");
-    work.input = data(source);
-    work.need_weight = true;
-  }
-  const Tensor sums = run_depthwise_backward(work);
-  return {grad_input, input ? weight_gradient(sums, weight) : nothing(w),
-          need_grad_bias ? gradient.sum() : nothing(w)};
+  return for_type(grad_output, "grad_output", [&](auto element) {
+    const PassedGradient<decltype(element)> gradient(grad_output, mask, z, norm, act, slope);
+    return backward(s, gradient, weight, input, need_grad_input, need_grad_bias);
+  });
 }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/batch_norm/kernels.h"
@@ -34,7 +35,7 @@ class Ring {
     std::fill_n(data_, floats(), 0.f);
   }
   float* start(int64_t row) const { return data_ + row % slots_ * row_; }
-  RowsOut inside(int64_t row) const { return {start(row) + before_ * pixel_, pixel_}; }
+  RowsOut<float> inside(int64_t row) const { return {start(row) + before_ * pixel_, pixel_}; }
 
  private:
   int64_t slots_, before_, pixel_, row_;
@@ -92,9 +93,10 @@ struct Blocks {
 };
 
 // Reads the input's rows into their ring up to the one before `end`.
+template <class T>
 class InputRows {
  public:
-  InputRows(const DepthwiseShape& shape, const float* map, const Ring& ring)
+  InputRows(const DepthwiseShape& shape, const T* map, const Ring& ring)
       : s_(shape), map_(map), ring_(ring) {}
 
   void begin(int64_t image, int64_t output_row) {
@@ -119,47 +121,69 @@ class InputRows {
 
  private:
   void read(int64_t row) const {
-    const float* from = map_ + (image_ * s_.height + row) * s_.width * s_.channels;
-    const RowsOut to = ring_.inside(row);
-    const bool dense = to.stride == s_.channels;
-    const int64_t pieces = dense ? 1 : s_.width, floats = s_.channels * (dense ? s_.width : 1);
-    for (int64_t i = 0; i < pieces; ++i) {
-      std::copy_n(from + i * floats, floats, to.data + i * to.stride);
-    }
+    const int64_t first = (image_ * s_.height + row) * s_.width;
+    const ActivationGrad<T> as_it_is = {.grad = map_, .channels = s_.channels, .act = kNone};
+    WUS_DISPATCH(activation_kernels<T>())
+        .backward_to_floats(as_it_is, nullptr, first, first + s_.width, ring_.inside(row), nullptr);
   }
 
   const DepthwiseShape& s_;
-  const float* map_;
+  const T* map_;
   const Ring& ring_;
   int64_t image_ = 0, next_ = 0;
 };
 
-void forward_range(const DepthwiseForward& work, const Blocks& blocks, int64_t range,
+// Where floats are made that go to a map's row: there, if its elements are floats.
+template <class T>
+float* made_in(T* row, float* memory) {
+  if constexpr (std::is_same_v<T, float>) {
+    return row;
+  } else {
+    return memory;
+  }
+}
+
+// Takes floats made there to the map's row as they are.
+template <class T>
+void take(const float* floats, int64_t pixels, int64_t channels, T* row) {
+  if (static_cast<const void*>(floats) == row) return;
+  const Activated<float> as_they_are = {.x = floats, .channels = channels, .act = kNone};
+  WUS_DISPATCH(activation_kernels<T>())
+      .forward_from_floats(as_they_are, 0, pixels, {row, channels}, nullptr);
+}
+
+template <class T>
+void forward_range(const DepthwiseForward<T>& work, const Blocks& blocks, int64_t range,
                    const DepthwiseTaps& taps, Ring ring, double* sums) {
   const DepthwiseShape& s = work.shape;
+  const Following<T>& following = work.following;
   const auto& kernels = kernels_for(s);
-  ring.place(scratch(ring.floats()));
-  InputRows input(s, work.input, ring);
-  const int64_t bytes = mask_bytes(s.channels), floats = s.ow * s.channels;
+  float* memory = scratch(ring.floats() + s.ow * s.channels);
+  ring.place(memory);
+  InputRows<T> input(s, work.input, ring);
   blocks.for_range(range, s.oh, [&](int64_t image, int64_t first, int64_t last) {
     input.begin(image, first);
     for (int64_t row = first; row < last; ++row) {
-      const int64_t line = image * s.oh + row;
-      float* output = work.output + line * floats;
-      float* product = work.following.kept ? work.following.kept + line * floats : output;
+      const int64_t pixel = (image * s.oh + row) * s.ow, i = pixel * s.channels;
+      T* output = work.output + i;
+      T* as_it_is = following.kept ? following.kept + i : following.act == kNone ? output : nullptr;
+      float* product = made_in(as_it_is ? as_it_is : output, memory + ring.floats());
       kernels.forward(input.under(row), taps, work.bias, s.channels, s.ow, product);
-      if (sums) WUS_DISPATCH(batch_norm_kernels).moments(product, s.ow, s.channels, sums);
-      if (work.following.act == kNone) continue;
-      const Activated op = {
-          product, nullptr, nullptr, nullptr, s.channels, work.following.act, work.following.slope};
-      WUS_DISPATCH(activation_kernels)
-          .forward(op, 0, s.ow, {output, s.channels},
-                   work.following.mask ? work.following.mask + line * s.ow * bytes : nullptr);
+      if (sums) WUS_DISPATCH(batch_norm_kernels<float>()).moments(product, s.ow, s.channels, sums);
+      if (as_it_is) take(product, s.ow, s.channels, as_it_is);
+      if (following.act == kNone) continue;
+      const Activated<float> op = {product,    nullptr,       nullptr,        nullptr,
+                                   s.channels, following.act, following.slope};
+      WUS_DISPATCH(activation_kernels<T>())
+          .forward_from_floats(
+              op, 0, s.ow, {output, s.channels},
+              following.mask ? following.mask + pixel * mask_bytes(s.channels) : nullptr);
     }
   });
 }
 
-at::Tensor run_forward(const DepthwiseForward& work, bool want_sums) {
+template <class T>
+at::Tensor run_forward(const DepthwiseForward<T>& work, bool want_sums) {
   const DepthwiseShape& s = work.shape;
   const Ring ring = input_ring(s);
   const std::vector<float> weight =
@@ -206,15 +230,18 @@ class WeightSums {
   double* total_;
 };
 
-void backward_range(const DepthwiseBackward& work, const Blocks& blocks, int64_t range,
+template <class T>
+void backward_range(const DepthwiseBackward<T>& work, const Blocks& blocks, int64_t range,
                     const DepthwiseTaps& taps, Ring input_ring, Ring ring, double* total) {
   const DepthwiseShape& s = work.shape;
   const auto& kernels = kernels_for(s);
   const int64_t weights = s.kernel * s.kernel;
   const int64_t input_floats = total ? input_ring.floats() : 0;
-  float* memory = scratch(ring.floats() + input_floats + (total ? weights * ring.pixel() : 0));
+  const int64_t sum_floats = total ? weights * ring.pixel() : 0;
+  float* memory = scratch(ring.floats() + input_floats + sum_floats + s.width * s.channels);
+  float* spare = memory + ring.floats() + input_floats + sum_floats;
   ring.place(memory);
-  InputRows input(s, work.input, input_ring);
+  InputRows<T> input(s, work.input, input_ring);
   std::optional<WeightSums> sums;
   if (total) {
     input_ring.place(memory + ring.floats());
@@ -223,8 +250,8 @@ void backward_range(const DepthwiseBackward& work, const Blocks& blocks, int64_t
   const int64_t reach = (s.kernel - 1) / s.stride;
   const auto read = [&](int64_t image, int64_t row) {
     const int64_t first = (image * s.oh + row) * s.ow;
-    WUS_DISPATCH(activation_kernels)
-        .backward(work.grad, work.norm, first, first + s.ow, ring.inside(row), nullptr);
+    WUS_DISPATCH(activation_kernels<T>())
+        .backward_to_floats(work.grad, work.norm, first, first + s.ow, ring.inside(row), nullptr);
   };
   // A block's rows q are those of the gradient, and of the data gradient the rows
   // stride * q - padding + phase that need no later ones.
@@ -253,8 +280,11 @@ void backward_range(const DepthwiseBackward& work, const Blocks& blocks, int64_t
         const int64_t row = q * s.stride - s.padding_y + phase;
         if (row < 0 || row >= s.height) continue;
         const int64_t pixel = (image * s.height + row) * s.width;
+        T* to = work.grad_input + pixel * s.channels;
+        float* product = made_in(to, spare);
         kernels.dgrad(rows, taps, static_cast<int>(phase), s.padding_x, s.channels, s.width,
-                      work.grad_input + pixel * s.channels);
+                      product);
+        take(product, s.width, s.channels, to);
       }
     }
   });
@@ -263,11 +293,18 @@ void backward_range(const DepthwiseBackward& work, const Blocks& blocks, int64_t
 
 }  // namespace
 
-void run_depthwise(const DepthwiseForward& work) { run_forward(work, false); }
+template <class T>
+void run_depthwise(const DepthwiseForward<T>& work) {
+  run_forward(work, false);
+}
 
-at::Tensor run_depthwise_sums(const DepthwiseForward& work) { return run_forward(work, true); }
+template <class T>
+at::Tensor run_depthwise_sums(const DepthwiseForward<T>& work) {
+  return run_forward(work, true);
+}
 
-at::Tensor run_depthwise_backward(const DepthwiseBackward& work) {
+template <class T>
+at::Tensor run_depthwise_backward(const DepthwiseBackward<T>& work) {
   const DepthwiseShape& s = work.shape;
   const int64_t weights = s.kernel * s.kernel;
   const Ring ring = gradient_ring(s), rows = input_ring(s);
@@ -284,5 +321,13 @@ at::Tensor run_depthwise_backward(const DepthwiseBackward& work) {
   }
   return totals.total();
 }
+
+#define WUS_INSTANTIATE(T)                                            \
+  template void run_depthwise(const DepthwiseForward<T>&);            \
+  template at::Tensor run_depthwise_sums(const DepthwiseForward<T>&); \
+  template at::Tensor run_depthwise_backward(const DepthwiseBackward<T>&);
+WUS_INSTANTIATE(float)
+WUS_INSTANTIATE(Bf16)
+#undef WUS_INSTANTIATE
 
 }  // namespace wus::cpu

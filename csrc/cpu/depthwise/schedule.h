@@ -18,30 +18,37 @@ struct DepthwiseShape {
   int64_t padding_y, padding_x;
 };
 
+// Maps are of elements T; whatever is made of them in a cache is float.
+
+template <class T>
 struct DepthwiseForward {
   DepthwiseShape shape;
-  const float* input;
+  const T* input;
   const float* weight;  // [channels][kernel * kernel]
   const float* bias;    // or null
-  float* output;
-  Following following;
+  T* output;
+  Following<T> following;
 };
 
-void run_depthwise(const DepthwiseForward& work);
+template <class T>
+void run_depthwise(const DepthwiseForward<T>& work);
 // And returns the sums of the outputs and of their squares, float64 [2 * channels].
-at::Tensor run_depthwise_sums(const DepthwiseForward& work);
+template <class T>
+at::Tensor run_depthwise_sums(const DepthwiseForward<T>& work);
 
+template <class T>
 struct DepthwiseBackward {
   DepthwiseShape shape;
-  ActivationGrad grad;
+  ActivationGrad<T> grad;
   const NormCoefficients* norm;  // or null
   const float* weight;
-  float* grad_input;   // or null
-  const float* input;  // for the weight's gradient
+  T* grad_input;   // or null
+  const T* input;  // for the weight's gradient
   bool need_weight;
 };
 
 // Returns the weight's gradient, float64 [kernel * kernel * channels], or [0] if not wanted.
-at::Tensor run_depthwise_backward(const DepthwiseBackward& work);
+template <class T>
+at::Tensor run_depthwise_backward(const DepthwiseBackward<T>& work);
 
 }  // namespace wus::cpu

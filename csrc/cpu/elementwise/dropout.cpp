@@ -22,28 +22,37 @@ at::Tensor draw_noise(const at::Tensor& input, double p,
   return noise.bernoulli_(1 - p, generator);
 }
 
-std::tuple<at::Tensor, at::Tensor> drop(const at::Tensor& input, double p,
-                                        const std::optional<at::Generator>& generator, bool relu,
-                                        const std::optional<at::Tensor>& drawn = {}) {
-  const at::Tensor x = as_rows(input, "input");
-  TORCH_CHECK_VALUE(!drawn || drawn->sizes() == input.sizes(), "noise must have the input's shape ",
-                    input.sizes(), ", got ", drawn->sizes());
-  const at::Tensor noise = as_rows(drawn ? *drawn : draw_noise(input, p, generator), "noise");
+template <class T>
+std::tuple<at::Tensor, at::Tensor> drop_rows(const at::Tensor& x, const at::Tensor& noise, double p,
+                                             bool relu) {
   const float scale = p == 1 ? 0.f : 1.f / static_cast<float>(1 - p);
   const Rows shape(x);
   at::Tensor output = empty_rows(x);
   at::Tensor mask = empty_mask(x);
-  const float* in = x.const_data_ptr<float>();
-  const float* kept = noise.const_data_ptr<float>();
-  float* out = output.data_ptr<float>();
+  const T *in = data<T>(x), *kept = data<T>(noise);
+  T* out = mutable_data<T>(output);
   uint8_t* bits = mask.data_ptr<uint8_t>();
   for_rows(shape.rows, shape.channels, [&](int64_t begin, int64_t end) {
     const int64_t i = begin * shape.channels;
-    WUS_DISPATCH(mask_kernels)
+    WUS_DISPATCH(mask_kernels<T>())
         .dropout(in + i, kept + i, scale, relu, out + i, bits + begin * shape.mask_bytes(),
                  end - begin, shape.channels);
   });
   return {output, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor> drop(const at::Tensor& input, double p,
+                                        const std::optional<at::Generator>& generator, bool relu,
+                                        const std::optional<at::Tensor>& drawn = {}) {
+  return for_type(input, "input", [&](auto element) {
+    using T = decltype(element);
+    const at::Tensor x = as_rows<T>(input, "input");
+    TORCH_CHECK_VALUE(!drawn || drawn->sizes() == input.sizes(),
+                      "noise must have the input's shape ", input.sizes(), ", got ",
+                      drawn->sizes());
+    const at::Tensor noise = as_rows<T>(drawn ? *drawn : draw_noise(input, p, generator), "noise");
+    return drop_rows<T>(x, noise, p, relu);
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor> dropout_mask(const at::Tensor& input, double p,
@@ -58,20 +67,23 @@ std::tuple<at::Tensor, at::Tensor> relu_dropout_mask(const at::Tensor& input, do
 }
 
 at::Tensor apply_mask(const at::Tensor& grad_output, const at::Tensor& mask, double scale) {
-  const at::Tensor grad = as_rows(grad_output, "grad_output");
-  check_mask(mask, grad);
-  const Rows shape(grad);
-  at::Tensor output = empty_rows(grad);
-  const float* g = grad.const_data_ptr<float>();
-  const uint8_t* bits = mask.const_data_ptr<uint8_t>();
-  float* out = output.data_ptr<float>();
-  for_rows(shape.rows, shape.channels, [&](int64_t begin, int64_t end) {
-    const int64_t i = begin * shape.channels;
-    WUS_DISPATCH(mask_kernels)
-        .apply(g + i, bits + begin * shape.mask_bytes(), static_cast<float>(scale), out + i,
-               end - begin, shape.channels);
+  return for_type(grad_output, "grad_output", [&](auto element) {
+    using T = decltype(element);
+    const at::Tensor grad = as_rows<T>(grad_output, "grad_output");
+    check_mask(mask, grad);
+    const Rows shape(grad);
+    at::Tensor output = empty_rows(grad);
+    const T* g = data<T>(grad);
+    const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+    T* out = mutable_data<T>(output);
+    for_rows(shape.rows, shape.channels, [&](int64_t begin, int64_t end) {
+      const int64_t i = begin * shape.channels;
+      WUS_DISPATCH(mask_kernels<T>())
+          .apply(g + i, bits + begin * shape.mask_bytes(), static_cast<float>(scale), out + i,
+                 end - begin, shape.channels);
+    });
+    return output;
   });
-  return output;
 }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) {

@@ -4,8 +4,9 @@
 namespace wus::cpu::WUS_ISA {
 namespace mask {
 
-void dropout(const float* input, const float* noise, float scale, bool relu, float* output,
-             uint8_t* mask, int64_t rows, int64_t channels) {
+template <class T>
+void dropout(const T* input, const T* noise, float scale, bool relu, T* output, uint8_t* mask,
+             int64_t rows, int64_t channels) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = r * channels;
     uint8_t* row_mask = mask + r * mask_bytes(channels);
@@ -25,7 +26,8 @@ void dropout(const float* input, const float* noise, float scale, bool relu, flo
   }
 }
 
-void apply(const float* grad, const uint8_t* mask, float scale, float* output, int64_t rows,
+template <class T>
+void apply(const T* grad, const uint8_t* mask, float scale, T* output, int64_t rows,
            int64_t channels) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = r * channels;
@@ -40,6 +42,12 @@ void apply(const float* grad, const uint8_t* mask, float scale, float* output, i
 
 }  // namespace mask
 
-const MaskKernels mask_kernels = {mask::dropout, mask::apply};
+template <class T>
+const MaskKernels<T>& mask_kernels() {
+  static constexpr MaskKernels<T> table = {mask::dropout<T>, mask::apply<T>};
+  return table;
+}
+template const MaskKernels<float>& mask_kernels();
+template const MaskKernels<Bf16>& mask_kernels();
 
 }  // namespace wus::cpu::WUS_ISA

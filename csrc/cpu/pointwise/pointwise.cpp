@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_backward(
     const OptionalTensor& norm, int64_t act, double slope, bool need_grad_bias,
     bool channels_last) {
   check_map(grad_output, "grad_output");
-  const PassedGradient gradient(grad_output, mask, z, norm, act, slope);
+  const PassedGradient<float> gradient(grad_output, mask, z, norm, act, slope);
   PointwiseBackward work{};
   work.rows = gradient.rows;
   work.inputs = in_channels;

@@ -45,7 +45,7 @@ Rows where_rows(const float* map, int64_t channels, int64_t first, const float* 
   return {memory, padded_row(channels)};
 }
 
-Rows where_rows(const ActivationGrad& op, const NormCoefficients* norm, int64_t first,
+Rows where_rows(const ActivationGrad<float>& op, const NormCoefficients* norm, int64_t first,
                 const float* memory) {
   const bool plain = op.act == kNone && !norm && spread(op.channels);
   if (plain) return {op.grad + first * op.channels, op.channels};
@@ -63,11 +63,11 @@ Rows input_rows(const float* map, int64_t channels, int64_t first, int64_t last,
   return rows;
 }
 
-Rows gradient_rows(const ActivationGrad& op, const NormCoefficients* norm, int64_t first,
+Rows gradient_rows(const ActivationGrad<float>& op, const NormCoefficients* norm, int64_t first,
                    int64_t last, float* memory) {
   const Rows rows = where_rows(op, norm, first, memory);
   if (rows.data == memory) {
-    WUS_DISPATCH(activation_kernels)
+    WUS_DISPATCH(activation_kernels<float>())
         .backward(op, norm, first, last, {memory, rows.stride}, nullptr);
   }
   return rows;
@@ -95,11 +95,11 @@ void forward_block(const PointwiseForward& work, int64_t first, int64_t last, fl
   }
   multiply(input_rows(work.input, work.inputs, first, last, memory), work.packed, product, rows,
            work.inputs, outputs, work.bias != nullptr);
-  if (sums) WUS_DISPATCH(batch_norm_kernels).moments(product, rows, outputs, sums);
+  if (sums) WUS_DISPATCH(batch_norm_kernels<float>()).moments(product, rows, outputs, sums);
   if (work.following.act == kNone) return;
-  const Activated op = {
+  const Activated<float> op = {
       product, nullptr, nullptr, nullptr, outputs, work.following.act, work.following.slope};
-  WUS_DISPATCH(activation_kernels)
+  WUS_DISPATCH(activation_kernels<float>())
       .forward(op, 0, rows, {output, outputs},
                work.following.mask ? work.following.mask + first * mask_bytes(outputs) : nullptr);
 }

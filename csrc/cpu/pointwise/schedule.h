@@ -22,7 +22,7 @@ struct PointwiseForward {
   const float* packed;  // of inputs and outputs
   const float* bias;    // or null
   float* output;
-  Following following;
+  Following<float> following;
 };
 
 // Returns the sums of the outputs and of their squares, float64 [2 * outputs], if wanted, else [0].
@@ -30,7 +30,7 @@ at::Tensor run_pointwise(const PointwiseForward& work, bool want_sums);
 
 struct PointwiseBackward {
   int64_t rows, inputs, outputs;  // of the forward pass
-  ActivationGrad grad;
+  ActivationGrad<float> grad;
   const NormCoefficients* norm;  // or null
   const float* packed;           // the transposed weight's, for grad_input
   float* grad_input;             // or null

@@ -8,19 +8,21 @@
 
 #include "cpu/pool/shape.h"
 #include "cpu/simd/dispatch.h"
+#include "cpu/simd/element.h"
 
 namespace wus::cpu {
 
+template <class T>
 struct PoolKernels {
-  void (*max_pool)(const PoolShape& shape, const float* input, int64_t channels, bool relu,
-                   int64_t begin, int64_t end, float* output, uint8_t* code);
-  void (*unpool)(const PoolShape& shape, const float* grad, const uint8_t* code, int64_t channels,
-                 int64_t begin, int64_t end, float* grad_input);
+  void (*max_pool)(const PoolShape& shape, const T* input, int64_t channels, bool relu,
+                   int64_t begin, int64_t end, T* output, uint8_t* code);
+  void (*unpool)(const PoolShape& shape, const T* grad, const uint8_t* code, int64_t channels,
+                 int64_t begin, int64_t end, T* grad_input);
   // sums[c] += the gradient that passes.
-  void (*bias_grad)(const float* grad, const uint8_t* code, int blocked, int64_t rows,
-                    int64_t channels, double* sums);
+  void (*bias_grad)(const T* grad, const uint8_t* code, int blocked, int64_t rows, int64_t channels,
+                    double* sums);
 };
 
-WUS_DECLARE_TABLE(PoolKernels, pool_kernels)
+WUS_DECLARE_TABLES(PoolKernels, pool_kernels)
 
 }  // namespace wus::cpu

@@ -4,8 +4,9 @@
 namespace wus::cpu::WUS_ISA {
 namespace pool {
 
-void max_pool(const PoolShape& shape, const float* input, int64_t channels, bool relu,
-              int64_t begin, int64_t end, float* output, uint8_t* code) {
+template <class T>
+void max_pool(const PoolShape& shape, const T* input, int64_t channels, bool relu, int64_t begin,
+              int64_t end, T* output, uint8_t* code) {
   WUS_ISA::max_pool(
       shape, channels, relu, begin, end,
       [=](int64_t pixel, int64_t c, int lanes)
@@ -13,14 +14,16 @@ void max_pool(const PoolShape& shape, const float* input, int64_t channels, bool
       output, code);
 }
 
-void unpool(const PoolShape& shape, const float* grad, const uint8_t* code, int64_t channels,
-            int64_t begin, int64_t end, float* grad_input) {
+template <class T>
+void unpool(const PoolShape& shape, const T* grad, const uint8_t* code, int64_t channels,
+            int64_t begin, int64_t end, T* grad_input) {
   unpool_pixels(shape, channels, grad, code, begin, end,
                 [=](int64_t pixel, int64_t c, int lanes, Vec g)
                     WUS_INLINE_LAMBDA { store(grad_input + pixel * channels + c, g, lanes); });
 }
 
-void bias_grad(const float* grad, const uint8_t* code, int blocked, int64_t rows, int64_t channels,
+template <class T>
+void bias_grad(const T* grad, const uint8_t* code, int blocked, int64_t rows, int64_t channels,
                double* sums) {
   sum_rows<1>(rows, channels, sums,
               [=](int64_t r, int64_t c, int lanes, Vec* total) WUS_INLINE_LAMBDA {
@@ -32,6 +35,12 @@ void bias_grad(const float* grad, const uint8_t* code, int blocked, int64_t rows
 
 }  // namespace pool
 
-const PoolKernels pool_kernels = {pool::max_pool, pool::unpool, pool::bias_grad};
+template <class T>
+const PoolKernels<T>& pool_kernels() {
+  static constexpr PoolKernels<T> table = {pool::max_pool<T>, pool::unpool<T>, pool::bias_grad<T>};
+  return table;
+}
+template const PoolKernels<float>& pool_kernels();
+template const PoolKernels<Bf16>& pool_kernels();
 
 }  // namespace wus::cpu::WUS_ISA

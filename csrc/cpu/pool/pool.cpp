@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "cpu/maps.h"
 #include "cpu/parallel_rows.h"
 #include "cpu/pool/kernels.h"
 
@@ -42,18 +43,44 @@ std::tuple<at::Tensor, at::Tensor> relu_max_pool(const at::Tensor& input, bool r
                                                  at::IntArrayRef pool) {
   TORCH_CHECK_VALUE(input.dim() == 4, "input must be [N, C, H, W], got size ", input.sizes());
   const PoolShape shape = pool_shape(pool, input.sizes().slice(2));
-  const at::Tensor x = as_rows(input, "input");
-  const int64_t batch = x.size(0), channels = x.size(1);
-  at::Tensor output = at::empty({batch, channels, shape.oh, shape.ow},
-                                x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  at::Tensor code = at::empty({batch, shape.oh, shape.ow, channels}, x.options().dtype(at::kByte));
-  const float* in = x.const_data_ptr<float>();
-  float* out = output.data_ptr<float>();
+  const int64_t batch = input.size(0), channels = input.size(1);
+  at::Tensor output = empty_map(input, channels, shape.oh, shape.ow);
+  at::Tensor code =
+      at::empty({batch, shape.oh, shape.ow, channels}, input.options().dtype(at::kByte));
   uint8_t* codes = code.data_ptr<uint8_t>();
-  for_rows(batch * shape.oh * shape.ow, channels, [&](int64_t begin, int64_t end) {
-    WUS_DISPATCH(pool_kernels).max_pool(shape, in, channels, relu, begin, end, out, codes);
+  for_type(input, "input", [&](auto element) {
+    using T = decltype(element);
+    const at::Tensor x = as_rows<T>(input, "input");
+    const T* in = data<T>(x);
+    T* out = mutable_data<T>(output);
+    for_rows(batch * shape.oh * shape.ow, channels, [&](int64_t begin, int64_t end) {
+      WUS_DISPATCH(pool_kernels<T>()).max_pool(shape, in, channels, relu, begin, end, out, codes);
+    });
   });
   return {output, code};
+}
+
+template <class T>
+std::tuple<at::Tensor, at::Tensor> unpool(const PoolShape& shape, const at::Tensor& grad_output,
+                                          const at::Tensor& code, bool need_grad_input) {
+  const at::Tensor grad = as_rows<T>(grad_output, "grad_output");
+  const int64_t batch = grad.size(0), channels = grad.size(1);
+  check_bytes(code, "code", {batch, shape.oh, shape.ow, channels});
+  const T* g = data<T>(grad);
+  const uint8_t* codes = code.const_data_ptr<uint8_t>();
+  const auto& kernels = WUS_DISPATCH(pool_kernels<T>());
+  const at::Tensor sums = sum_over_rows(
+      Rows(grad).rows, channels, channels, [&](int64_t begin, int64_t end, double* sum) {
+        const int64_t i = begin * channels;
+        kernels.bias_grad(g + i, codes + i, shape.blocked(), end - begin, channels, sum);
+      });
+  if (!need_grad_input) return {nothing(grad, kTypeOf<T>), sums.to(at::kFloat)};
+  at::Tensor grad_input = empty_map(grad, channels, shape.height, shape.width);
+  T* out = mutable_data<T>(grad_input);
+  for_rows(batch * shape.height * shape.width, channels, [&](int64_t begin, int64_t end) {
+    kernels.unpool(shape, g, codes, channels, begin, end, out);
+  });
+  return {grad_input, sums.to(at::kFloat)};
 }
 
 std::tuple<at::Tensor, at::Tensor> max_pool_bias_grad(const at::Tensor& grad_output,
@@ -65,25 +92,9 @@ std::tuple<at::Tensor, at::Tensor> max_pool_bias_grad(const at::Tensor& grad_out
       grad_output.dim() == 4 && grad_output.size(2) == shape.oh && grad_output.size(3) == shape.ow,
       "grad_output must be [N, C, ", shape.oh, ", ", shape.ow, "] for input_size ", input_size,
       " and pool ", pool, ", got size ", grad_output.sizes());
-  const at::Tensor grad = as_rows(grad_output, "grad_output");
-  const int64_t batch = grad.size(0), channels = grad.size(1);
-  check_bytes(code, "code", {batch, shape.oh, shape.ow, channels});
-  const float* g = grad.const_data_ptr<float>();
-  const uint8_t* codes = code.const_data_ptr<uint8_t>();
-  const auto& kernels = WUS_DISPATCH(pool_kernels);
-  const at::Tensor sums = sum_over_rows(
-      Rows(grad).rows, channels, channels, [&](int64_t begin, int64_t end, double* sum) {
-        const int64_t i = begin * channels;
-        kernels.bias_grad(g + i, codes + i, shape.blocked(), end - begin, channels, sum);
-      });
-  if (!need_grad_input) return {nothing(grad), sums.to(at::kFloat)};
-  at::Tensor grad_input = at::empty({batch, channels, shape.height, shape.width},
-                                    grad.options().memory_format(at::MemoryFormat::ChannelsLast));
-  float* out = grad_input.data_ptr<float>();
-  for_rows(batch * shape.height * shape.width, channels, [&](int64_t begin, int64_t end) {
-    kernels.unpool(shape, g, codes, channels, begin, end, out);
+  return for_type(grad_output, "grad_output", [&](auto element) {
+    return unpool<decltype(element)>(shape, grad_output, code, need_grad_input);
   });
-  return {grad_input, sums.to(at::kFloat)};
 }
 
 TORCH_LIBRARY_IMPL(wus, CPU, m) {

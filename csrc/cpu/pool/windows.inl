@@ -69,9 +69,9 @@ WUS_INLINE void for_window(const Extent& rows, const Extent& cols, Body body) {
 
 // Output pixels [begin, end). The first of equals wins, and the last NaN, as torch has it.
 // value(pixel, c, lanes) is the pooled quantity.
-template <int kKernel, class Value>
+template <int kKernel, class Value, class T>
 WUS_INLINE void max_pool_windows(const PoolShape& shape, int64_t channels, bool relu, int64_t begin,
-                                 int64_t end, Value value, float* output, uint8_t* code) {
+                                 int64_t end, Value value, T* output, uint8_t* code) {
   PoolWindow window(shape, begin);
   for (int64_t r = begin; r < end; ++r, window.next()) {
     const Extent rows = inside(window.top(), shape.kernel, shape.height);
@@ -98,9 +98,9 @@ WUS_INLINE void max_pool_windows(const PoolShape& shape, int64_t channels, bool 
   }
 }
 
-template <class Value>
+template <class Value, class T>
 WUS_INLINE void max_pool(const PoolShape& shape, int64_t channels, bool relu, int64_t begin,
-                         int64_t end, Value value, float* output, uint8_t* code) {
+                         int64_t end, Value value, T* output, uint8_t* code) {
   switch (shape.kernel) {
     case 2:
       return max_pool_windows<2>(shape, channels, relu, begin, end, value, output, code);
@@ -112,8 +112,8 @@ WUS_INLINE void max_pool(const PoolShape& shape, int64_t channels, bool relu, in
 }
 
 // Input pixels [begin, end): put(pixel, c, lanes, the gradient that reaches it).
-template <class Put>
-WUS_INLINE void unpool_pixels(const PoolShape& shape, int64_t channels, const float* grad,
+template <class Put, class T>
+WUS_INLINE void unpool_pixels(const PoolShape& shape, int64_t channels, const T* grad,
                               const uint8_t* code, int64_t begin, int64_t end, Put put) {
   const int64_t line = quotient(begin, shape.width);
   int64_t image = quotient(line, shape.height);

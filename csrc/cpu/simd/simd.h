@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "cpu/simd/element.h"
+
 #if defined(WUS_AVX2)
 #include <immintrin.h>
 #endif
@@ -79,7 +81,7 @@ WUS_INLINE void store_first(float* p, Vec v, int n) {
 #if defined(WUS_AVX512)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 #else
-  for (int i = 0; i < n; ++i) p[i] = v[i];
+  for (int i = 0; i < n && i < kWidth; ++i) p[i] = v[i];
 #endif
 }
 
@@ -169,6 +171,41 @@ WUS_INLINE IVec load_bytes_first(const uint8_t* p, int n) {
 
 WUS_INLINE void store_bytes_first(uint8_t* p, IVec v, int n) {
   for (int i = 0; i < n; ++i) p[i] = (uint8_t)v[i];
+}
+
+// bfloat16, rounded to the nearest, of equally near ones to the even one.
+
+typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
+
+WUS_INLINE Vec widened(Halves v) { return (Vec)(__builtin_convertvector(v, UVec) << 16); }
+WUS_INLINE Halves rounded(Vec v) {
+  const UVec bits = (UVec)v;
+  const UVec nearest = (bits + (0x7fff + (bits >> 16 & 1))) >> 16;
+  return __builtin_convertvector(v == v ? nearest : (bits >> 16 | 0x40), Halves);
+}
+
+WUS_INLINE Vec load(const Bf16* p) { return widened(*reinterpret_cast<const UnalignedHalves*>(p)); }
+WUS_INLINE void store(Bf16* p, Vec v) { *reinterpret_cast<UnalignedHalves*>(p) = rounded(v); }
+
+WUS_INLINE Vec load_first(const Bf16* p, int n) {
+#if defined(WUS_AVX512)
+  return widened((Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+#else
+  Halves v{};
+  for (int i = 0; i < n && i < kWidth; ++i) v[i] = p[i].bits;
+  return widened(v);
+#endif
+}
+
+WUS_INLINE void store_first(Bf16* p, Vec v, int n) {
+#if defined(WUS_AVX512)
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)rounded(v));
+#else
+  const Halves halves = rounded(v);
+  for (int i = 0; i < n && i < kWidth; ++i) p[i].bits = halves[i];
+#endif
 }
 
 // What torch's threshold_backward keeps: not (y <= 0), so NaN passes its gradient on.

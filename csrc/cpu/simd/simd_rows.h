@@ -7,11 +7,13 @@
 namespace wus::cpu::WUS_ISA {
 
 // Accesses of a given number of lanes. Inlined with the constant kWidth they are the plain ones.
-WUS_INLINE Vec load(const float* p, int lanes) {
+template <class T>
+WUS_INLINE Vec load(const T* p, int lanes) {
   return lanes == kWidth ? load(p) : load_first(p, lanes);
 }
 
-WUS_INLINE void store(float* p, Vec v, int lanes) {
+template <class T>
+WUS_INLINE void store(T* p, Vec v, int lanes) {
   if (lanes == kWidth) {
     store(p, v);
   } else {
@@ -59,6 +61,22 @@ typedef float UnalignedHalfVec
 
 WUS_INLINE DVec load_widened(const float* p) {
   return __builtin_convertvector(*reinterpret_cast<const UnalignedHalfVec*>(p), DVec);
+}
+
+WUS_INLINE DVec load_widened(const Bf16* p) {
+  typedef uint16_t Quarter __attribute__((vector_size(2 * kDoubleWidth), aligned(2), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(4 * kDoubleWidth)));
+  typedef float Floats __attribute__((vector_size(4 * kDoubleWidth)));
+  const Bits bits = __builtin_convertvector(*reinterpret_cast<const Quarter*>(p), Bits) << 16;
+  return __builtin_convertvector((Floats)bits, DVec);
+}
+
+WUS_INLINE double widened(const float* p) { return *p; }
+WUS_INLINE double widened(const Bf16* p) {
+  const uint32_t bits = (uint32_t)p->bits << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 WUS_INLINE void add_to(double* p, DVec v) { *reinterpret_cast<UnalignedDVec*>(p) += v; }

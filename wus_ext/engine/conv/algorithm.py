@@ -2,8 +2,8 @@
 
 An algorithm is made for one layer, one input size and the weights as they are, holds them in the
 form it needs, and is shared by the chains of :mod:`wus_ext.engine.chains`. All take and give
-tensors in channels_last; on the CPU in float32, on a GPU in the chain's type, where biases and
-their gradients may be float32 all the same.
+tensors in channels_last and of the chain's type. Biases and their gradients may be float32 all the
+same. In low precision the library's own convolution is the only one.
 """
 
 from __future__ import annotations
@@ -215,8 +215,11 @@ class Direct(Unfused):
             )
         )
 
+    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
+        return super().wgrad(grad, trained._replace(weight=self.weight))
+
     def _convolve(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        g = self.geometry
+        g, bias = self.geometry, None if bias is None else bias.to(input.dtype)
         output = aten.conv2d(input, self.weight, bias, g.stride, g.padding, g.dilation, g.groups)
         # With one channel in, input and weight are of both layouts, and oneDNN chooses the other.
         return dense(output)
@@ -247,9 +250,6 @@ class OnGpu(Direct):
         output, mean, var = super().forward_stats(input, None)
         # What is not finite makes all behind the normalisation NaN.
         return output, mean if bias is None else mean.add(bias, alpha=0), var
-
-    def wgrad(self, grad: Tensor, trained: Trained) -> Tensor:
-        return super().wgrad(grad, trained._replace(weight=self.weight))
 
     @staticmethod
     def _shift(

@@ -49,6 +49,10 @@ def choose(
     """
     if on_gpu(weight.own):
         return OnGpu(geometry, _cast(weight, packed, dtype))
+    if dtype != torch.float32:
+        if suits_depthwise(geometry, options.algo):
+            return Depthwise(geometry, weight.make())
+        return Direct(geometry, _cast(weight, packed, dtype))
     contenders = _contenders(weight, geometry, options, packed, images, backward)
     if options.algo == "measure":
         trains = weight.trains and torch.is_grad_enabled()
@@ -104,7 +108,7 @@ def _contenders(
 
 
 def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
-    """The weight as cuDNN wants it, of the input's type and in channels_last; kept in a window."""
+    """The weight as the library wants it: of a type, in channels_last; kept in a window."""
     own, layout = weight.own, torch.channels_last
 
     def make() -> Tensor:

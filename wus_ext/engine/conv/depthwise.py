@@ -17,21 +17,27 @@ from .rowwise import Rowwise
 ops = torch.ops.wus
 
 
+def single(bias: Tensor | None) -> Tensor | None:
+    """A bias in float32."""
+    return None if bias is None else bias.float()
+
+
 class Depthwise(Rowwise):
-    """On the weight as it is."""
+    """On the weight as it is, in float32 whatever the type of maps."""
 
     name = "depthwise"
 
     def __init__(self, geometry: Geometry, weight: Tensor) -> None:
         self.geometry = geometry
-        self.weight = weight
+        self.weight = weight.float()
         self._window = geometry.stride, geometry.padding
-        self._unchanged = Unchanged(weight)
+        self._unchanged = Unchanged(self.weight)
 
     def forward_stats(self, input: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.depthwise_forward_stats(input, self.weight, bias, *self._window)
+        return ops.depthwise_forward_stats(input, self.weight, single(bias), *self._window)
 
     def _convolve(self, input: Tensor, bias: Tensor | None, act: Act) -> tuple[Tensor, Tensor]:
+        bias = single(bias)
         return ops.depthwise_forward(input, self.weight, bias, *self._window, *act.function)
 
     def _gradients(
