@@ -127,7 +127,8 @@ std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArgumen
   for (const auto* tensor : {&norm.weight, &norm.bias, &norm.running_mean, &norm.running_var}) {
     if (!tensor->has_value() || !(*tensor)->defined()) continue;
     const at::Tensor& t = **tensor;
-    if (as_deferred(t) || !is_plain(t) || t.scalar_type() != at::kFloat || t.dim() != 1 ||
+    if (as_deferred(t) || !is_plain(t) ||
+        (t.scalar_type() != at::kFloat && t.scalar_type() != chain->dtype()) || t.dim() != 1 ||
         t.size(0) != sizes[1] || t.device() != chain->call().weight.unchecked().device())
       return std::nullopt;
   }

@@ -16,7 +16,7 @@ from .._build import deferral
 from .activation import Act, activate, masked
 from .conv.algorithm import Algorithm, NormGrad, Trained
 from .linear import Products
-from .support import dense, is_batched
+from .support import dense, is_batched, single
 
 ops = torch.ops.wus
 
@@ -147,6 +147,20 @@ class Norm(NamedTuple):
     momentum: float
     eps: float
 
+    def single(self) -> Norm:
+        """With weight and bias in float32."""
+        return self._replace(weight=single(self.weight), bias=single(self.bias))
+
+    def update(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Moves the running statistics towards a batch's."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        running = self.running_mean.float(), self.running_var.float()
+        ops.batch_norm_update_running(*running, mean, var, self.momentum, count)
+        if self.running_mean.dtype != torch.float32:
+            self.running_mean.copy_(running[0])
+            self.running_var.copy_(running[1])
+
 
 class ConvNormAct(torch.autograd.Function):
     """act(batch_norm(conv(input) + bias) + residual) with batch statistics.
@@ -173,11 +187,8 @@ class ConvNormAct(torch.autograd.Function):
     ) -> Tensor:
         z, mean, var = algorithm.forward_stats(input, bias)
         count = z.numel() // z.size(1)
-        if norm.running_mean is not None:
-            seen = mean if bias is None or algorithm.adds_bias else mean + bias
-            ops.batch_norm_update_running(
-                norm.running_mean, norm.running_var, seen, var, norm.momentum, count
-            )
+        seen = mean if bias is None or algorithm.adds_bias else mean + bias
+        norm.update(seen, var, count)
         scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
         output, mask = ops.batch_norm_apply(z, scale, shift, residual, *act.arguments)
         mask = None if act == Act.NONE or act.smooth else mask

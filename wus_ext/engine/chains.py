@@ -26,7 +26,7 @@ from .linear import Products
 from .options import SkipOptions
 from .packed_weights import PackedWeights
 from .plan import ConvPlan, Plan
-from .support import takes
+from .support import single, takes
 
 ops = torch.ops.wus
 
@@ -97,12 +97,11 @@ def run_conv(
         return chosen
 
     if norm is not None and norm.batch:
-        return applied(
-            algorithm(own, wants_dgrad(input)), input, bias, trained, norm, residual, act
-        )
+        chosen = algorithm(own, wants_dgrad(input))
+        return applied(chosen, input, bias, trained, norm.single(), residual, act)
     if norm is not None and weight_trains:  # folding would be for this call only
         chosen = algorithm(own, False)
-        return normalised(chosen.forward(input, bias, Act.NONE)[0], norm, residual, act)
+        return normalised(chosen.forward(input, bias, Act.NONE)[0], norm.single(), residual, act)
     if norm is not None:
         own, bias = folded(own, bias, norm)
     chosen = algorithm(own, wants_dgrad(input))
@@ -125,6 +124,7 @@ def resume(image: Tensor, norm: Norm | None, residual: Tensor | None, act: Act) 
         return None
     if residual is not None:
         residual = entered(residual, False)
+    norm = None if norm is None else norm.single()
     return applied(Given(image), image, None, None, norm, residual, act)
 
 
@@ -216,7 +216,7 @@ def saved_by(act: Act, sizes: Sequence[int], dtype: torch.dtype) -> int:
 def normalised(image: Tensor, norm: Norm, residual: Tensor | None, act: Act) -> Tensor:
     """act(norm(image) + residual) with running statistics and without gradients."""
     scale, shift, _ = ops.batch_norm_scale_shift(
-        norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+        single(norm.running_mean), single(norm.running_var), norm.weight, norm.bias, norm.eps
     )
     return ops.batch_norm_apply(image, scale, shift, residual, *act.arguments, need_mask=False)[0]
 
@@ -233,13 +233,13 @@ def folded(weight: Weight, bias: Tensor | None, norm: Norm) -> tuple[Weight, Ten
     assert var is not None
 
     def scale() -> Tensor:
-        inverse = torch.rsqrt(var + norm.eps)
-        return inverse if norm.weight is None else inverse * norm.weight.detach()
+        inverse = torch.rsqrt(var.float() + norm.eps)
+        return inverse if norm.weight is None else inverse * norm.weight.detach().float()
 
     # Batch norm writes running statistics past their version counters; the count of batches tells.
     made_of = (*weight.sources, var, norm.batches, norm.weight)
     sources = tuple(tensor for tensor in made_of if tensor is not None)
-    shift = -mean if bias is None else bias - mean
+    shift = -mean.float() if bias is None else bias.float() - mean.float()
     shift = shift * scale()
     if norm.bias is not None:
         shift = shift + norm.bias

@@ -14,6 +14,11 @@ if build_info()["cuda"] is not None:
     TYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def single(tensor: Tensor | None) -> Tensor | None:
+    """In float32, in which norms, biases and their gradients are computed."""
+    return None if tensor is None else tensor.float()
+
+
 def on_gpu(tensor: Tensor) -> bool:
     """Whether the kernels for GPUs, and the algorithms that suit those, are to be used."""
     return tensor.device.type == "cuda"

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from ..activation import Act
-from ..support import Unchanged
+from ..support import Unchanged, single
 from .algorithm import Trained
 from .geometry import Geometry
 from .rowwise import Rowwise
 
 ops = torch.ops.wus
-
-
-def single(bias: Tensor | None) -> Tensor | None:
-    """A bias in float32."""
-    return None if bias is None else bias.float()
 
 
 class Depthwise(Rowwise):
