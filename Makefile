@@ -65,7 +65,7 @@ format: $(VENV)/.packages ## ruff and clang-format, in place
 
 # The C++ built apart, with $(1) = address, thread or coverage in it, and its tests. Without the safe
 # path they would import the package that lies here, whose C++ has nothing in it.
-NATIVE_TESTS := tests/cpu tests/engine tests/test_functional.py
+NATIVE_TESTS := tests/cpu tests/engine tests/test_functional.py tests/test_nn.py tests/test_types.py
 define instrumented
 	WUS_INSTRUMENT=$(1) FORCE_CPU=1 $(BIN)/python setup.py -q build \
 	  --build-base build/$(1) --build-lib build/$(1)/lib 2>&1 | $(PROGRESS)

@@ -43,7 +43,7 @@ def test_features(cpuinfo, features):
             {**CPU, "cpu_capability": "generic"},
             ["avx2", "avx512_bf16", "amx_bf16"],
             0,
-            ["plain C++", "by torch with avx512_bf16 and amx_bf16"],
+            ["plain C++", "by torch's products with avx512_bf16 and amx_bf16"],
         ),
         (CPU, [], 1, ["AVX-512", "slow", "GPUs, since there is no CUDA part (FORCE_CPU=1)"]),
         (GPU, [], 2, ["AVX-512", "slow", "fused: steps on the GPU"]),

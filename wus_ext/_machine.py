@@ -56,7 +56,7 @@ def what_is_fast(build: dict[str, Any], features: Collection[str], gpus: int) ->
     lines = [_CPU_KERNELS[build["cpu_capability"]]]
     by = [feature for feature in features if feature in _BF16]
     lines.append(
-        f"fast: products in bfloat16 on the CPU, by torch with {' and '.join(by)}"
+        f"fast: bfloat16 steps on the CPU, by torch's products with {' and '.join(by)}"
         if by
         else "slow: bfloat16 on the CPU, for which this processor has no instructions"
     )

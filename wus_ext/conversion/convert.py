@@ -79,10 +79,10 @@ def convert(
             possible.
         fuse: whether chains of layers may run as one (default True). False runs layer by layer.
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
-            ``"fused"``: on the CPU in float32 and on a GPU, the skip step's chains and
-            convolutions, on the CPU with weight gradients by Winograd; equal to stock's up to the
-            rounding of ``algo`` and of the type, without second derivatives. Elsewhere, and under
-            ``torch.compile`` or ``torch.func``, full steps stay stock.
+            ``"fused"``: on the CPU in float32 and bfloat16, and on a GPU, the skip step's chains
+            and convolutions, in float32 with weight gradients by Winograd; equal to stock's up to
+            the rounding of ``algo`` and of the type, without second derivatives. Elsewhere, and
+            under ``torch.compile`` or ``torch.func``, full steps stay stock.
 
     Returns:
         The same object.

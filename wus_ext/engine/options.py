@@ -31,9 +31,9 @@ class SkipOptions:
             limit, as fast as possible.
         fuse: whether chains of layers may run as one (default True).
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
-            ``"fused"``, on the CPU in float32 and on a GPU: the same chains and convolutions as in
-            skip steps, on the CPU with weight gradients by Winograd as well; equal to stock's up to
-            rounding.
+            ``"fused"``, on the CPU in float32 and bfloat16, and on a GPU: the same chains and
+            convolutions as in skip steps, on the CPU in float32 with weight gradients by Winograd
+            as well; equal to stock's up to rounding.
 
     Raises:
         ValueError: for a value that is none of these; the message names the setting.

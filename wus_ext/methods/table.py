@@ -99,7 +99,7 @@ _ROWS = (
         name="fused",
         label="fused",
         colour="#009E73",
-        about="no skipping, but full steps on the skip step's kernels (CPU, float32)",
+        about="no skipping, but full steps on the skip step's kernels",
         full="fused",
     ),
     Method(
