@@ -241,7 +241,7 @@ def evaluate(
     inputs = work.inputs(batch, size)
     runs = {}
     for suffix in ("", BF16) if args.bf16 else ("",):
-        for kind, choice in (("stock", layouts), ("fused", layouts[:1])):
+        for kind, choice in (("stock", layouts), ("fused", layouts)):
             kind += suffix
             runs[kind] = faster(partial(Evaluation, stock, inputs, kind), choice)
     seconds = interleaved(runs, 3 * args.rounds, warmup=1)

@@ -158,6 +158,10 @@ class Engine:
         plan = self._plan(conv, key, input, weight, bias)
         if plan is None:
             return None
+        assert isinstance(plan, ConvPlan)
+        if trains and not torch.is_grad_enabled() and not plan.faster:
+            return None  # nothing is saved for backward, and no norm folds away
+        self._deferred = True
         return deferral.begin_chain(
             conv, plan, True, input, weight, bias, trains, plan.sizes, plan.dtype
         )
@@ -172,6 +176,7 @@ class Engine:
         plan = self._plan(linear, key, input, weight, bias)
         if plan is None:
             return None
+        self._deferred = True
         return deferral.begin_chain(
             linear, plan, False, input, weight, bias, trains, plan.sizes, plan.dtype
         )
@@ -191,7 +196,6 @@ class Engine:
         ):
             self._by_itself(layer, input)
             return None, trains
-        self._deferred = True
         return weight, trains
 
     def _runs_outside(self, layer: nn.Module) -> bool:
@@ -209,7 +213,7 @@ class Engine:
             if len(known.plans) == self.MOST_PLANS:
                 known.plans.clear()
             known.plans[key] = (
-                plan_conv(layer, input, weight, bias)
+                plan_conv(layer, input, weight, bias, self.options.algo)
                 if isinstance(layer, nn.Conv2d)
                 else plan_linear(input, weight, bias)
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import autocasts
-from .conv.geometry import Geometry
+from .conv.geometry import Geometry, schemes, suits_strided
 from .support import TYPES
 
 __all__ = ["ConvPlan", "Key", "Plan", "plan_conv", "plan_linear", "tensor_types", "why_not"]
@@ -33,9 +33,14 @@ class Plan:
 
 @dataclass(slots=True)
 class ConvPlan(Plan):
-    """Of a convolution."""
+    """Of a convolution.
+
+    Attributes:
+        faster: than the library's own, the convolution alone.
+    """
 
     geometry: Geometry
+    faster: bool
 
 
 def tensor_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> Key:
@@ -77,7 +82,7 @@ def _fused_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dt
 
 
 def plan_conv(
-    conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None
+    conv: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, algo: str
 ) -> ConvPlan | None:
     dtype = _fused_dtype(input, weight, bias)
     if (
@@ -94,7 +99,10 @@ def plan_conv(
     geometry = Geometry.of(conv, weight.shape, input.shape)
     if min(geometry.output_size) < 1:
         return None
-    return ConvPlan([input.size(0), weight.size(0), *geometry.output_size], dtype, geometry)
+    sizes = [input.size(0), weight.size(0), *geometry.output_size]
+    strided = suits_strided(geometry, algo) and geometry.kernel_size == (3, 3)
+    faster = dtype == torch.float32 and (strided or bool(schemes(geometry, algo)))
+    return ConvPlan(sizes, dtype, geometry, faster)
 
 
 def plan_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
