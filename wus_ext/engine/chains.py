@@ -18,7 +18,7 @@ from .._build import deferral
 from ..nn import SkipLayer
 from .activation import Act, Kind
 from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct, Norm
-from .conv.algorithm import Algorithm, Given
+from .conv.algorithm import Algorithm, Direct, Given
 from .conv.choice import choose
 from .conv.measure import Measured
 from .conv.weight import Weight
@@ -105,6 +105,8 @@ def run_conv(
     if norm is not None:
         own, bias = folded(own, bias, norm)
     chosen = algorithm(own, wants_dgrad(input))
+    if type(chosen) is Direct and residual is None and act == Act.NONE:
+        return chosen.alone(input, bias, trained)
     return applied(chosen, input, bias, trained, None, residual, act)
 
 

@@ -9,6 +9,8 @@ same. In low precision the library's own convolution is the only one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -193,13 +195,32 @@ class Direct(Unfused):
 
     name = "oneDNN"
 
-    def __init__(self, geometry: Geometry, weight: Tensor) -> None:
+    def __init__(self, geometry: Geometry, make: Callable[[], Tensor]) -> None:
         self.geometry = geometry
-        self.weight = weight
-        self._unchanged = Unchanged(weight)
+        self._make = make
+
+    @cached_property
+    def _unchanged(self) -> Unchanged:
+        return Unchanged(self._make())
+
+    @property
+    def weight(self) -> Tensor:
+        return self._unchanged()
+
+    def alone(self, input: Tensor, bias: Tensor | None, trained: Tensor | None) -> Tensor:
+        """conv(input) + bias and no more, with a backward of its own, which no Python delays.
+
+        Args:
+            trained: the weight, where it gets a gradient.
+        """
+        g, bias = self.geometry, None if bias is None else bias.to(input.dtype)
+        window = g.stride, g.padding, g.dilation
+        if trained is not None:
+            return dense(aten.conv2d(input, trained.to(input.dtype), bias, *window, g.groups))
+        return dense(ops.convolution(input, self.weight, bias, *window, False, [0, 0], g.groups))
 
     def dgrad(self, grad: Tensor) -> Tensor:
-        g, weight = self.geometry, self._unchanged()
+        g, weight = self.geometry, self.weight
         left_over = [
             g.input_size[i]
             - (g.output_size[i] - 1) * g.stride[i]

@@ -48,11 +48,11 @@ def choose(
         dtype: of the input, to which autocast may have cast it.
     """
     if on_gpu(weight.own):
-        return OnGpu(geometry, _cast(weight, packed, dtype))
+        return OnGpu(geometry, partial(_cast, weight, packed, dtype))
     if dtype != torch.float32:
         if suits_depthwise(geometry, options.algo):
             return Depthwise(geometry, weight.make())
-        return Direct(geometry, _cast(weight, packed, dtype))
+        return Direct(geometry, partial(_cast, weight, packed, dtype))
     contenders = _contenders(weight, geometry, options, packed, images, backward)
     if options.algo == "measure":
         trains = weight.trains and torch.is_grad_enabled()
@@ -104,7 +104,7 @@ def _contenders(
 
     if suits_depthwise(geometry, options.algo):
         yield Contender(Depthwise.name, lambda: Depthwise(geometry, unpacked()))
-    yield Contender(Direct.name, lambda: Direct(geometry, unpacked()))
+    yield Contender(Direct.name, lambda: Direct(geometry, unpacked))
 
 
 def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
