@@ -155,11 +155,11 @@ class Norm(NamedTuple):
         """Moves the running statistics towards a batch's."""
         if self.running_mean is None or self.running_var is None:
             return
-        running = self.running_mean.float(), self.running_var.float()
-        ops.batch_norm_update_running(*running, mean, var, self.momentum, count)
-        if self.running_mean.dtype != torch.float32:
-            self.running_mean.copy_(running[0])
-            self.running_var.copy_(running[1])
+        running_mean, running_var = single(self.running_mean), single(self.running_var)
+        ops.batch_norm_update_running(running_mean, running_var, mean, var, self.momentum, count)
+        if running_mean is not self.running_mean:
+            self.running_mean.copy_(running_mean)
+            self.running_var.copy_(running_var)
 
 
 class ConvNormAct(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +16,13 @@ if build_info()["cuda"] is not None:
     TYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@overload
+def single(tensor: Tensor) -> Tensor: ...
+@overload
+def single(tensor: Tensor | None) -> Tensor | None: ...
 def single(tensor: Tensor | None) -> Tensor | None:
     """In float32, in which norms, biases and their gradients are computed."""
-    return None if tensor is None else tensor.float()
+    return tensor if tensor is None or tensor.dtype == torch.float32 else tensor.float()
 
 
 def on_gpu(tensor: Tensor) -> bool:

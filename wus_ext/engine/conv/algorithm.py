@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -198,14 +197,13 @@ class Direct(Unfused):
     def __init__(self, geometry: Geometry, make: Callable[[], Tensor]) -> None:
         self.geometry = geometry
         self._make = make
-
-    @cached_property
-    def _unchanged(self) -> Unchanged:
-        return Unchanged(self._make())
+        self._made: Unchanged | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self._unchanged()
+        if self._made is None:
+            self._made = Unchanged(self._make())
+        return self._made()
 
     def alone(self, input: Tensor, bias: Tensor | None, trained: Tensor | None) -> Tensor:
         """conv(input) + bias and no more, with a backward of its own, which no Python delays.
