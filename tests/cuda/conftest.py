@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import wus_ext
-from wus_ext.engine import activation, autograd, support
+from wus_ext.engine import activation, autograd, plan, support
 from wus_ext.engine import linear as products
 from wus_ext.engine.conv import algorithm as algorithms
 from wus_ext.engine.conv import choice
@@ -47,7 +47,7 @@ def chains(gpu, monkeypatch) -> Gpu:
     """The device of the chains, which take the algorithms and kernels for GPUs there."""
     if gpu.device == "cpu":
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
-        for module in (choice, products):
+        for module in (choice, plan, products):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
         for module in (activation, algorithms, autograd):
             monkeypatch.setattr(module, "ops", gpu.ops)

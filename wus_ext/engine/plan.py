@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import autocasts
+from .conv.choice import LONE_ROWS
 from .conv.geometry import Geometry, schemes, suits_strided
-from .support import TYPES
+from .support import TYPES, on_gpu
 
 __all__ = ["ConvPlan", "Key", "Plan", "plan_conv", "plan_linear", "tensor_types", "why_not"]
 
@@ -36,7 +37,7 @@ class ConvPlan(Plan):
     """Of a convolution.
 
     Attributes:
-        faster: than the library's own, the convolution alone.
+        faster: than the library's own, without gradients and on a weight packed for this call.
     """
 
     geometry: Geometry
@@ -101,7 +102,12 @@ def plan_conv(
         return None
     sizes = [input.size(0), weight.size(0), *geometry.output_size]
     strided = suits_strided(geometry, algo) and geometry.kernel_size == (3, 3)
-    faster = dtype == torch.float32 and (strided or bool(schemes(geometry, algo)))
+    rows = sizes[0] * sizes[2] * sizes[3]
+    faster = on_gpu(weight) or (
+        dtype == torch.float32
+        and (strided or bool(schemes(geometry, algo)))
+        and (algo != "auto" or rows >= LONE_ROWS)
+    )
     return ConvPlan(sizes, dtype, geometry, faster)
 
 
