@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <atomic>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -102,8 +104,9 @@ at::Tensor Deferred::value() {
   return chain->run();
 }
 
+// Another thread may do the same at the same time.
 void Deferred::settle() {
-  const auto chain = chain_;
+  const auto chain = std::atomic_load(&chain_);
   if (chain == nullptr) return;
   InSession scope(*chain->session());
   if (chain_ == nullptr) return;
@@ -112,7 +115,7 @@ void Deferred::settle() {
   if (is_observed()) chain->connect(meta_of(*this)->grad_fn_);
   const at::Tensor& value = chain->run();
   adopt(value.detach().contiguous(chain->format()), value);
-  chain_ = nullptr;
+  std::atomic_store(&chain_, std::shared_ptr<Chain>());
   chain->tensor = nullptr;
   chain->run_children();
 }
@@ -123,14 +126,17 @@ void Deferred::adopt(const at::Tensor& data, const at::Tensor& value) {
   set_custom_sizes_strides(SizesStridesPolicy::Default);
   storage_ = data.storage();
   storage_offset_ = data.storage_offset();
-  key_set_ = data.key_set();
   // Where sizes of one leave strides open: those that stock gives.
   empty_tensor_restride(chain_->format());
   if (!data.is_inference()) set_version_counter(data.unsafeGetTensorImpl()->version_counter());
-  if (autograd_meta() == nullptr) return;
-  auto edge = torch::autograd::impl::gradient_edge(value);
-  meta_of(*this)->grad_fn_ = std::move(edge.function);
-  meta_of(*this)->output_nr_ = edge.input_nr;
+  if (autograd_meta() != nullptr) {
+    auto edge = torch::autograd::impl::gradient_edge(value);
+    meta_of(*this)->grad_fn_ = std::move(edge.function);
+    meta_of(*this)->output_nr_ = edge.input_nr;
+  }
+  // Last: whoever finds the keys of an ordinary tensor finds all of it.
+  std::atomic_thread_fence(std::memory_order_release);
+  key_set_ = data.key_set();
 }
 
 at::IntArrayRef Deferred::strides_custom() const {
