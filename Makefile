@@ -64,7 +64,8 @@ format: $(VENV)/.packages ## ruff and clang-format, in place
 	$(BIN)/clang-format -i $(FORMATTED)
 
 # The C++ built apart, with $(1) = address, thread or coverage in it, and its tests. Without the safe
-# path they would import the package that lies here, whose C++ has nothing in it.
+# path they would import the package that lies here, whose C++ has nothing in it. Reports are in
+# build/$(1)/report.*: pytest keeps what a test prints.
 NATIVE_TESTS := tests/cpu tests/engine tests/test_functional.py tests/test_nn.py tests/test_types.py
 define instrumented
 	WUS_INSTRUMENT=$(1) FORCE_CPU=1 $(BIN)/python setup.py -q build \
@@ -78,12 +79,13 @@ endef
 
 sanitize: setup ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, on its tests
 	$(call instrumented,address)
-	ASAN_OPTIONS=detect_leaks=0 $(call preloaded,address,libasan.so libubsan.so) \
+	ASAN_OPTIONS=detect_leaks=0:log_path=build/address/report \
+	  UBSAN_OPTIONS=log_path=build/address/report $(call preloaded,address,libasan.so libubsan.so) \
 	  $(NATIVE_TESTS) tests/cuda $(PYTEST_ARGS)
 
 sanitize-threads: setup ## the C++ under ThreadSanitizer, on its tests
 	$(call instrumented,thread)
-	TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0 OMP_NUM_THREADS=3 \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0:log_path=build/thread/report OMP_NUM_THREADS=3 \
 	  $(call preloaded,thread,libtsan.so) $(NATIVE_TESTS) $(PYTEST_ARGS)
 
 coverage: coverage-cpp coverage-python ## which lines the tests run
