@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import autocasts
-from .conv.choice import LONE_ROWS
-from .conv.geometry import Geometry, schemes, suits_strided
+from .conv.choice import pays_for_one_use
+from .conv.geometry import Geometry
 from .support import TYPES, on_gpu
 
 __all__ = ["ConvPlan", "Key", "Plan", "plan_conv", "plan_linear", "tensor_types", "why_not"]
@@ -101,13 +101,8 @@ def plan_conv(
     if min(geometry.output_size) < 1:
         return None
     sizes = [input.size(0), weight.size(0), *geometry.output_size]
-    strided = suits_strided(geometry, algo) and geometry.kernel_size == (3, 3)
-    rows = sizes[0] * sizes[2] * sizes[3]
-    faster = on_gpu(weight) or (
-        dtype == torch.float32
-        and (strided or bool(schemes(geometry, algo)))
-        and (algo != "auto" or rows >= LONE_ROWS)
-    )
+    single = dtype == torch.float32
+    faster = on_gpu(weight) or (single and pays_for_one_use(geometry, algo, input.size(0)))
     return ConvPlan(sizes, dtype, geometry, faster)
 
 

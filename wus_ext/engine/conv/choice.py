@@ -61,6 +61,18 @@ def choose(
     return next(made for _, make in contenders if (made := make()) is not None)
 
 
+def pays_for_one_use(geometry: Geometry, algo: str, images: int) -> bool:
+    """Whether a forward pass alone is faster than the library's on a weight packed for it."""
+    strided = suits_strided(geometry, algo) and geometry.kernel_size == (3, 3)
+    enough = algo != "auto" or _rows(geometry, images) >= LONE_ROWS
+    return enough and (strided or bool(schemes(geometry, algo)))
+
+
+def _rows(geometry: Geometry, images: int) -> int:
+    """Pixels of the output."""
+    return images * geometry.output_size[0] * geometry.output_size[1]
+
+
 def _contenders(
     weight: Weight,
     geometry: Geometry,
@@ -71,7 +83,7 @@ def _contenders(
 ) -> Iterator[Contender]:
     """What suits a layer, best first, the library's own convolution last."""
     auto = options.algo == "auto"
-    rows = images * geometry.output_size[0] * geometry.output_size[1]
+    rows = _rows(geometry, images)
     lone = weight.trains and not torch.is_grad_enabled()
     all_kept = options.memory_budget is None and not weight.trains
     # What is chosen must not depend on how much is kept by now: a resumed run starts with nothing.
