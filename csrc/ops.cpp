@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include "build_config.h"
+#include "chains/bindings.h"
 #include "cpu/simd/dispatch.h"
 #include "deferral/bindings.h"
 
@@ -197,5 +198,6 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled half of wus_ext; importing it registers torch.ops.wus.";
   m.def("build_info", &build_info);
+  wus::chains::bind(m);
   wus::deferral::bind(m);
 }

@@ -46,6 +46,8 @@ _C = _load()
 
 #: Sessions in which layers defer: csrc/deferral.
 deferral = _C.deferral
+#: Chains of layers as autograd functions: csrc/chains.
+chains = _C.chains
 
 
 def build_info() -> dict[str, Any]:

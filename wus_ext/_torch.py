@@ -33,11 +33,6 @@ def is_traced() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def autocasts() -> bool:
-    """Whether autocast is on for any device; faster than to ask for each."""
-    return torch._C._is_any_autocast_enabled()
-
-
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     """A function that torch.compile leaves as it is, behind a break of the graph."""
     return torch._disable_dynamo(function)  # type: ignore[attr-defined]

@@ -133,10 +133,6 @@ class DropIn(SkipLayer):
 
 class _Conv(DropIn, _StockConv):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if len(self.stride) == 2 and (engine := engine_of_call(self)) is not None:
-            output = engine.convolve(self, input)
-            if output is not None:
-                return output
         if not (self.skip_wgrad or is_frozen(self)):
             return super()._conv_forward(input, weight, bias)
         padding: functional.Sizes | str = self.padding
@@ -174,6 +170,13 @@ class Conv2d(_Conv, nn.Conv2d):
         >>> layer.weight.grad is None, layer.bias.grad.shape
         (True, torch.Size([8]))
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if (engine := engine_of_call(self)) is not None:
+            output: Tensor | None = engine.convolve(self, input)
+            if output is not None:
+                return output
+        return super().forward(input)
 
 
 class Conv3d(_Conv, nn.Conv3d):
@@ -237,7 +240,8 @@ class Linear(DropIn, nn.Linear):
 
 def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether the next forward pass of a norm layer normalises with the batch's statistics."""
-    if norm.running_mean is None or norm.running_var is None:
+    buffers = norm._buffers
+    if buffers["running_mean"] is None or buffers["running_var"] is None:
         return True
     frozen = getattr(norm, "frozen_statistics", False) and norm.skip_wgrad
     return norm.training and not frozen
@@ -245,11 +249,11 @@ def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 def count_batch(norm: nn.modules.batchnorm._BatchNorm) -> float:
     """Counts a batch that updates the running statistics, as stock; returns the momentum."""
-    momentum = norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    momentum, batches = norm.momentum, norm._buffers["num_batches_tracked"]
+    if norm.training and norm.track_running_stats and batches is not None:
+        batches.add_(1)
         if momentum is None:  # cumulative average
-            return 1.0 / float(norm.num_batches_tracked)
+            return 1.0 / float(batches)
     return 0.0 if momentum is None else momentum
 
 
@@ -290,20 +294,19 @@ class _BatchNorm(DropIn, _StockBatchNorm):
                 momentum = 1.0 / (float(cast(Tensor, self.num_batches_tracked)) + 1.0)
         given = not self.training or self.track_running_stats
         parameters, buffers = self._parameters, self._buffers
-        output = deferral.append_norm(
+        output: Tensor | None = deferral.append_norm(
             input,
             parameters["weight"],
             self._constant(parameters["bias"]),
             buffers["running_mean"] if given else None,
             buffers["running_var"] if given else None,
             buffers["num_batches_tracked"],
+            batch and self.training and self.track_running_stats,
             self.skip_wgrad,
             batch,
             momentum,
             self.eps,
         )
-        if output is not None and batch:
-            count_batch(self)
         return output
 
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
 #include <utility>
 
 #include "common/activation.h"
@@ -14,12 +15,19 @@
 namespace wus::deferral {
 namespace {
 
+// While it is held no other thread computes a tensor of this thread's session, or extends it.
+std::unique_lock<std::recursive_mutex> hold_session() {
+  Session* session = Session::current();
+  return session == nullptr ? std::unique_lock<std::recursive_mutex>() : locked(session->mutex);
+}
+
 // The chain behind a tensor, if a step may be appended to it now.
 std::shared_ptr<Chain> open_chain(const at::Tensor& tensor) {
   const Deferred* deferred = as_deferred(tensor);
   const Session* session = Session::current();
   if (deferred == nullptr || session == nullptr) return nullptr;
-  const auto& chain = deferred->chain();
+  const auto chain = deferred->chain();
+  if (chain == nullptr) return nullptr;  // another thread has computed it just now
   const bool open = chain->session().get() == session && !chain->has_run() &&
                     !deferred->is_observed() && session->undisturbed();
   return open ? chain : nullptr;
@@ -96,7 +104,7 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
   at::MemoryFormat format = at::MemoryFormat::Contiguous;
   if (Deferred* deferred = as_deferred(input)) {
     const auto chain = deferred->chain();
-    if (chain->session().get() != session) return std::nullopt;
+    if (chain == nullptr || chain->session().get() != session) return std::nullopt;
     format = chain->format();
     value = deferred->value();
   } else {
@@ -113,11 +121,13 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
   auto call =
       std::make_shared<Call>(Call{session->shared_from_this(), std::move(layer), std::move(plan),
                                   Read(value), Read(weight), Read(shift), weight_trains, dtype});
+  const auto lock = hold_session();
   return defer(std::make_shared<Chain>(std::move(call), is_conv ? Kind::CONV : Kind::LINEAR,
                                        std::move(sizes), format, differentiable, depth));
 }
 
 std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArguments& norm) {
+  const auto lock = hold_session();
   const auto chain = open_chain(input);
   if (chain == nullptr || !chain->has(Kind::CONV)) return std::nullopt;
   for (const Kind kind : {Kind::NORM, Kind::ADD, Kind::ACT, Kind::POOL}) {
@@ -153,6 +163,10 @@ std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArgumen
   auto step = std::make_shared<Norm>(
       Norm{read(norm.weight), read(norm.bias), read(norm.running_mean), read(norm.running_var),
            read(norm.batches), norm.constant, norm.batch, norm.momentum, norm.eps});
+  if (norm.counts && norm.batches) {
+    c10::impl::ExcludeDispatchKeyGuard through(kKey);
+    norm.batches->add_(1);
+  }
   return with(input, chain, Step{.kind = Kind::NORM, .norm = std::move(step)}, sizes,
               chain->format(), false);
 }
@@ -160,6 +174,7 @@ std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArgumen
 std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& other,
                                      const at::Scalar& alpha, bool in_place) {
   if (self.is_same(other) || !alpha.isIntegral(true) || alpha.toLong() != 1) return std::nullopt;
+  auto lock = hold_session();
   const auto takes = [](const at::Tensor& tensor) {
     auto chain = open_chain(tensor);
     const bool fits = chain != nullptr && chain->has(Kind::CONV) && !chain->has(Kind::ADD) &&
@@ -176,8 +191,12 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
   at::MemoryFormat other_format;
   at::Tensor value = residual;
   if (Deferred* deferred = as_deferred(residual)) {
-    other_format = deferred->chain()->format();
+    const auto chain = deferred->chain();
+    if (chain == nullptr) return std::nullopt;
+    other_format = chain->format();
+    lock = {};  // it may be of a session of which another thread waits for this one
     value = deferred->value();
+    lock = hold_session();
   } else {
     if (!is_plain(residual)) return std::nullopt;
     other_format = elementwise(residual);
@@ -192,6 +211,7 @@ std::optional<at::Tensor> append_sum(const at::Tensor& self, const at::Tensor& o
 }
 
 std::optional<at::Tensor> append_activation(const at::Tensor& self, const Act& act, bool in_place) {
+  const auto lock = hold_session();
   const auto chain = open_chain(self);
   if (chain == nullptr || chain->has(Kind::ACT) || (in_place && chain->has_live_children()))
     return std::nullopt;
@@ -204,6 +224,7 @@ std::optional<at::Tensor> append_activation(const at::Tensor& self, const Act& a
 }
 
 std::optional<at::Tensor> append_pool(const at::Tensor& self, const Pool& pool) {
+  const auto lock = hold_session();
   const auto chain = open_chain(self);
   if (chain == nullptr || !chain->has(Kind::CONV) || chain->has(Kind::ADD) ||
       chain->has(Kind::POOL) || (chain->act().kind != kNone && chain->act().kind != kRelu))
@@ -225,6 +246,7 @@ std::optional<at::Tensor> append_pool(const at::Tensor& self, const Pool& pool) 
 }
 
 std::optional<at::Tensor> append_dropout(const at::Tensor& input, double p) {
+  const auto lock = hold_session();
   const auto chain = open_chain(input);
   if (chain == nullptr || !chain->has(Kind::LINEAR) || chain->act().kind != kRelu ||
       chain->has(Kind::DROPOUT) || !on_cpu(*chain))

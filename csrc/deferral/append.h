@@ -13,6 +13,7 @@ namespace wus::deferral {
 
 struct NormArguments {
   std::optional<at::Tensor> weight, bias, running_mean, running_var, batches;
+  bool counts;  // this batch, in `batches`, as the layer does
   bool constant, batch;
   double momentum, eps;
 };

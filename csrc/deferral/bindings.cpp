@@ -6,6 +6,7 @@
 #include "deferral/append.h"
 #include "deferral/deferred.h"
 #include "deferral/session.h"
+#include "deferral/signature.h"
 
 namespace wus::deferral {
 namespace py = pybind11;
@@ -14,7 +15,7 @@ void bind(py::module_& module) {
   auto m =
       module.def_submodule("deferral", "Layers' calls that are computed when they are needed.");
   py::class_<Session, std::shared_ptr<Session>>(m, "Session")
-      .def(py::init<py::object>())
+      .def(py::init<py::object, bool>())
       .def("begin", &Session::begin)
       .def("finish", &Session::finish)
       .def("abandon", &Session::abandon);
@@ -29,14 +30,16 @@ void bind(py::module_& module) {
   m.def("suggests_channels_last", [](const at::Tensor& tensor) {
     return tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   });
+  m.def("signature", &signature,
+        "What a plan depends on of a layer's tensors: types, devices, sizes, autocast.");
   m.def("begin_chain", &begin_chain);
   m.def("append_norm", [](const at::Tensor& input, std::optional<at::Tensor> weight,
                           std::optional<at::Tensor> bias, std::optional<at::Tensor> running_mean,
                           std::optional<at::Tensor> running_var, std::optional<at::Tensor> batches,
-                          bool constant, bool batch, double momentum, double eps) {
+                          bool counts, bool constant, bool batch, double momentum, double eps) {
     return append_norm(
         input, {std::move(weight), std::move(bias), std::move(running_mean), std::move(running_var),
-                std::move(batches), constant, batch, momentum, eps});
+                std::move(batches), counts, constant, batch, momentum, eps});
   });
   m.def("is_deferred", [](const at::Tensor& tensor) { return as_deferred(tensor) != nullptr; });
   m.def("settle", [](const at::Tensor& tensor) {

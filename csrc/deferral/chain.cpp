@@ -7,6 +7,8 @@
 #include <initializer_list>
 #include <utility>
 
+#include "chains/functions.h"
+#include "chains/library.h"
 #include "deferral/deferred.h"
 #include "deferral/session.h"
 #include "deferral/stock.h"
@@ -154,54 +156,115 @@ void Chain::run_children() {
   }
 }
 
-namespace {
-
-py::object optional(const Read& read, const char* what) {
-  return read.defined() ? py::cast(read.get(what)) : py::none();
-}
-
-}  // namespace
-
 Chain::Arguments Chain::arguments(const std::vector<const Chain*>& steps) {
-  Arguments all{py::none(), py::none(), py::none(), py::none(), {}, 0};
+  Arguments all;
   for (const Chain* chain : steps) {
     const Step& step = chain->step_;
     if (step.kind == Kind::NORM) {
-      const Norm& n = *step.norm;
-      n.done = true;
-      all.norm =
-          py::make_tuple(optional(n.weight, "norm's weight"), optional(n.bias, "norm's bias"),
-                         n.running_mean.unchecked(), n.running_var.unchecked(),
-                         n.batches.unchecked(), n.constant, n.batch, n.momentum, n.eps);
+      all.norm = step.norm.get();
+      all.norm->done = true;
     }
-    if (step.kind == Kind::ADD) all.residual = optional(step.tensor, "other summand");
+    if (step.kind == Kind::ADD) all.residual = step.tensor.get("other summand");
     if (step.kind == Kind::DROPOUT) {
-      all.noise = optional(step.tensor, "noise");
+      all.noise = step.tensor.get("noise");
       all.p = step.p;
     }
     if (step.kind == Kind::ACT) all.act = step.act;
-    if (step.kind == Kind::POOL) {
-      const Pool& pool = step.pool;
-      all.pool = py::make_tuple(pool.kernel, pool.stride, pool.padding, pool.ceil);
-    }
+    if (step.kind == Kind::POOL) all.pool = &step.pool;
   }
   return all;
 }
 
+namespace {
+
+// As the engine takes them.
+
+py::object python(const at::Tensor& tensor) { return py::cast(tensor); }
+
+py::object python(const Norm* norm) {
+  if (norm == nullptr) return py::none();
+  const Norm& n = *norm;
+  return py::make_tuple(n.weight.get("norm's weight"), n.bias.get("norm's bias"),
+                        n.running_mean.unchecked(), n.running_var.unchecked(),
+                        n.batches.unchecked(), n.constant, n.batch, n.momentum, n.eps);
+}
+
+py::object python(const Pool* pool) {
+  if (pool == nullptr) return py::none();
+  return py::make_tuple(pool->kernel, pool->stride, pool->padding, pool->ceil);
+}
+
+// As chains take them.
+
+std::optional<chains::BatchNorm> batch_norm(const Norm* norm) {
+  if (norm == nullptr) return std::nullopt;
+  const Norm& n = *norm;
+  const at::Tensor& weight = n.weight.get("norm's weight");
+  return chains::BatchNorm{n.constant && weight.defined() ? weight.detach() : weight,
+                           n.bias.get("norm's bias"),
+                           n.running_mean.unchecked(),
+                           n.running_var.unchecked(),
+                           n.momentum,
+                           n.eps};
+}
+
+chains::Act following(const Act& act, const Pool* pool) {
+  chains::Act made{act.kind, act.slope};
+  if (pool != nullptr) made.pool = {pool->kernel, pool->stride, pool->padding, pool->ceil};
+  return made;
+}
+
+}  // namespace
+
 at::Tensor Chain::fused(const std::vector<const Chain*>& steps) const {
   const Call& call = *call_;
   const Arguments all = arguments(steps);
-  const py::object output = session_->engine().attr("run")(
+  const py::object& engine = session_->engine();
+  if (session_->observed()) {
+    engine.attr("observe")(call.layer, call.plan, all.norm != nullptr, all.residual.defined(),
+                           all.act.kind, all.pool != nullptr, all.noise.defined());
+  }
+  if (has(Kind::CONV) && (all.norm == nullptr || all.norm->batch)) {
+    const py::object library = call.plan.attr("library");
+    if (!library.is_none()) return by_library(library.cast<chains::LibraryPtr>(), all);
+  }
+  const py::object output = engine.attr("run")(
       call.layer, call.plan, call.input.get("input"), call.weight.get("weight"),
-      optional(call.bias, "bias"), call.weight_trains, all.norm, all.residual, all.act.kind,
-      all.act.slope, all.pool, all.noise, all.p);
+      call.bias.get("bias"), call.weight_trains, python(all.norm), python(all.residual),
+      all.act.kind, all.act.slope, python(all.pool), python(all.noise), all.p);
   return output.cast<at::Tensor>();
+}
+
+at::Tensor Chain::by_library(const chains::LibraryPtr& library, const Arguments& all) const {
+  const Call& call = *call_;
+  const at::Tensor& own = call.weight.get("weight");
+  const chains::Act act = following(all.act, all.pool);
+  const bool alone = all.norm == nullptr && !all.residual.defined() && act.none();
+  at::Tensor weight;
+  if (!alone || !call.weight_trains) {
+    weight = library->as_it_is(own.detach(), call.dtype);
+    if (!weight.defined() && !call.weight_trains)  // kept for a skip window
+      weight =
+          session_->engine().attr("cast")(call.layer, own, library, call.dtype).cast<at::Tensor>();
+  }
+  py::gil_scoped_release no_gil;
+  const at::Tensor input =
+      chains::entered(call.input.get("input").to(call.dtype),
+                      own.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+  const at::Tensor trained = call.weight_trains ? own : at::Tensor();
+  const at::Tensor& bias = call.bias.get("bias");
+  if (alone) return library->alone(input, weight, bias, trained);
+  if (!weight.defined()) weight = library->cast(own.detach(), call.dtype);
+  const at::Tensor residual =
+      all.residual.defined() ? chains::entered(all.residual, false) : all.residual;
+  return chains::chained(std::make_shared<chains::LibraryConvolution>(library, std::move(weight)),
+                         input, bias, trained, batch_norm(all.norm), residual, act);
 }
 
 at::Tensor Chain::resumed(const std::vector<const Chain*>& steps, at::Tensor value) const {
   const Arguments all = arguments(steps);
   const py::object output = session_->engine().attr("resume")(
-      value, all.norm, all.residual, all.act.kind, all.act.slope, all.pool);
+      value, python(all.norm), python(all.residual), all.act.kind, all.act.slope, python(all.pool));
   if (!output.is_none()) return output.cast<at::Tensor>();
   for (const Chain* chain : steps) value = stock(value, chain->step_);
   return value;

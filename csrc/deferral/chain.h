@@ -10,6 +10,11 @@
 #include <optional>
 #include <vector>
 
+namespace wus::chains {
+struct Library;
+using LibraryPtr = std::shared_ptr<Library>;
+}  // namespace wus::chains
+
 namespace wus::deferral {
 
 class Chain;
@@ -132,11 +137,13 @@ class Chain : public std::enable_shared_from_this<Chain> {
   NodePtr anchor = nullptr;
 
  private:
-  // What steps were called with, as the engine takes it.
+  // What steps were called with.
   struct Arguments {
-    pybind11::object norm, residual, noise, pool;
+    const Norm* norm = nullptr;
+    at::Tensor residual, noise;
     Act act;
-    double p;
+    const Pool* pool = nullptr;
+    double p = 0;
   };
   static Arguments arguments(const std::vector<const Chain*>& steps);
 
@@ -144,6 +151,8 @@ class Chain : public std::enable_shared_from_this<Chain> {
   // The steps, behind a value that was computed by itself.
   at::Tensor resumed(const std::vector<const Chain*>& steps, at::Tensor value) const;
   at::Tensor fused(const std::vector<const Chain*>& steps) const;
+  // The same where the engine has nothing to choose.
+  at::Tensor by_library(const chains::LibraryPtr& library, const Arguments& all) const;
 
   std::shared_ptr<Session> session_;
   std::shared_ptr<const Call> call_;

@@ -69,13 +69,13 @@ void Deferred::take_place() {
 Deferred::~Deferred() { release_resources(); }
 
 void Deferred::release_resources() {
-  if (chain_ != nullptr) {
-    const auto lock = locked(chain_->session()->mutex);
-    if (chain_->tensor == this) {
-      chain_->tensor = nullptr;
+  if (const auto chain = chain_) {  // which holds the mutex until it is free again
+    const auto lock = locked(chain->session()->mutex);
+    if (chain->tensor == this) {
+      chain->tensor = nullptr;
       if (is_observed()) {
-        chain_->anchor = meta_of(*this)->grad_fn_;
-        chain_->session()->keep(chain_);
+        chain->anchor = meta_of(*this)->grad_fn_;
+        chain->session()->keep(chain);
       }
     }
     chain_ = nullptr;
@@ -92,12 +92,14 @@ bool Deferred::is_observed() const {
 
 void Deferred::become(std::shared_ptr<Chain> chain) {
   chain_->tensor = nullptr;
-  chain_ = std::move(chain);
+  std::atomic_store(&chain_, std::move(chain));
   take_place();
 }
 
 at::Tensor Deferred::value() {
-  const auto chain = chain_;
+  const auto chain = this->chain();
+  if (chain == nullptr) return at::Tensor(c10::intrusive_ptr<TensorImpl>::reclaim_copy(this));
+  const auto lock = locked(chain->session()->mutex);
   chain->run();
   // The tensor's hooks, also those to come, see the gradient of whoever takes the value, too.
   if (chain_ != nullptr && autograd_meta() != nullptr) chain->connect(meta_of(*this)->grad_fn_);
@@ -106,7 +108,7 @@ at::Tensor Deferred::value() {
 
 // Another thread may do the same at the same time.
 void Deferred::settle() {
-  const auto chain = std::atomic_load(&chain_);
+  const auto chain = this->chain();
   if (chain == nullptr) return;
   InSession scope(*chain->session());
   if (chain_ == nullptr) return;

@@ -35,10 +35,12 @@ class Deferred final : public c10::TensorImpl {
 
   // Computes the tensor, in place: whoever holds it has an ordinary one.
   void settle();
-  bool is_settled() const { return chain_ == nullptr; }
+  bool is_settled() const { return chain() == nullptr; }
   // Whether autograd or the user already holds this tensor's place in the graph.
   bool is_observed() const;
-  const std::shared_ptr<Chain>& chain() const { return chain_; }
+  // Null from when it is settled, which another thread may do at any time that the session's mutex
+  // is free.
+  std::shared_ptr<Chain> chain() const { return std::atomic_load(&chain_); }
   // Its value in the engine's own layout, for a layer that takes it.
   at::Tensor value();
   // The same tensor, one step further.

@@ -154,8 +154,8 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& weight,
                       const OptionalTensor& bias, const OptionalTensor& running_mean,
                       const OptionalTensor& running_var, bool training, double momentum, double eps,
                       bool cudnn_enabled) {
-  const NormArguments norm{weight, bias,     running_mean, running_var, {},
-                           false,  training, momentum,     eps};
+  const NormArguments norm{weight, bias,  running_mean, running_var, {},
+                           false,  false, training,     momentum,    eps};
   if (auto output = append_norm(input, norm)) return *output;
   before_use(input, false);
   for (const auto& tensor : {weight, bias}) before_use(tensor.value_or(at::Tensor()), false);

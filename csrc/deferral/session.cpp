@@ -99,6 +99,7 @@ void Session::add(const std::shared_ptr<Chain>& chain) {
 void Session::keep(const std::shared_ptr<Chain>& chain) { kept_.push_back(chain); }
 
 void Session::before_use(const at::Tensor& tensor, bool written) {
+  const auto lock = locked(mutex);
   const auto run = [&](const std::shared_ptr<Chain>& chain) {
     if (chain == nullptr || chain->has_run()) return;
     if (chain->writes(tensor) || (written && chain->reads(tensor))) chain->run();
@@ -113,17 +114,20 @@ void Session::before_use(const at::Tensor& tensor, bool written) {
 }
 
 void Session::finish() {
+  const auto lock = locked(mutex);
   const Finally left{[this] { leave(); }};
   settle_all();
 }
 
 void Session::settle_all() {
+  const auto lock = locked(mutex);
   for (size_t i = 0; i < pending_.size(); ++i) {
     const auto chain = pending_[i].lock();
     if (chain == nullptr || chain->tensor == nullptr) continue;
-    const auto held =
-        c10::intrusive_ptr<c10::TensorImpl>::unsafe_reclaim_from_nonowning(chain->tensor);
-    static_cast<Deferred*>(held.get())->settle();
+    // Null where the last who held it lets go of it just now.
+    const auto held = c10::intrusive_ptr<c10::TensorImpl>::reclaim(
+        static_cast<c10::TensorImpl*>(c10::raw::weak_intrusive_ptr::lock(chain->tensor)));
+    if (held != nullptr) static_cast<Deferred*>(held.get())->settle();
   }
   for (size_t i = 0; i < kept_.size(); ++i) {
     if (kept_[i]->is_owed()) kept_[i]->run();
@@ -131,6 +135,7 @@ void Session::settle_all() {
 }
 
 void Session::abandon() {
+  const auto lock = locked(mutex);
   const Finally left{[this] { leave(); }};
   // Running statistics are updated by then in stock PyTorch.
   for (size_t i = 0; i < kept_.size(); ++i) {

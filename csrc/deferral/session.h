@@ -28,8 +28,10 @@ struct Surroundings {
 
 class Session : public std::enable_shared_from_this<Session> {
  public:
-  // engine: runs chains (`run`, `resume`) and dropout (`drop`).
-  explicit Session(pybind11::object engine) : engine_(std::move(engine)) {}
+  // engine: runs chains (`run`, `resume`) and dropout (`drop`), and keeps cast weights (`cast`).
+  // observed: it is told of every chain (`observe`).
+  Session(pybind11::object engine, bool observed)
+      : engine_(std::move(engine)), observed_(observed) {}
   ~Session();
 
   // The one of this thread, or null.
@@ -54,6 +56,7 @@ class Session : public std::enable_shared_from_this<Session> {
   void keep(const std::shared_ptr<Chain>& chain);
 
   const pybind11::object& engine() const { return engine_; }
+  bool observed() const { return observed_; }
   std::recursive_mutex mutex;
 
  private:
@@ -61,6 +64,7 @@ class Session : public std::enable_shared_from_this<Session> {
   void leave();
 
   pybind11::object engine_;
+  bool observed_;
   Surroundings surroundings_{};
   std::optional<at::ThreadLocalState> state_;
   std::vector<std::weak_ptr<Chain>> pending_;

@@ -5,8 +5,8 @@ import torch
 
 import wus_ext
 from wus_ext.engine import activation, autograd, plan, support
+from wus_ext.engine import chains as chain_functions
 from wus_ext.engine import linear as products
-from wus_ext.engine.conv import algorithm as algorithms
 from wus_ext.engine.conv import choice
 
 from . import emulator
@@ -49,8 +49,10 @@ def chains(gpu, monkeypatch) -> Gpu:
         monkeypatch.setitem(support.TYPES, "cpu", FLOATS)
         for module in (choice, plan, products):
             monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
-        for module in (activation, algorithms, autograd):
+        for module in (activation, autograd):
             monkeypatch.setattr(module, "ops", gpu.ops)
+        for module in (chain_functions, choice, plan):
+            monkeypatch.setattr(module, "KERNELS", emulator.NAMESPACE)
     return gpu
 
 

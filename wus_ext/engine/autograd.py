@@ -1,6 +1,6 @@
-"""What the fused chains save for backward, and what their backward computes.
+"""Linear layers' chains and dropout: what they save for backward, and what backward computes.
 
-Autograd functions over the C++ kernels; images are channels_last.
+Convolutions' are in ``csrc/chains``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from .._build import deferral
 from .activation import Act, activate, masked
-from .conv.algorithm import Algorithm, NormGrad, Trained
 from .linear import Products
-from .support import dense, is_batched, single
+from .support import is_batched
 
 ops = torch.ops.wus
 
@@ -46,88 +45,6 @@ def to_save(
     return (input, weight) if ctx.needs_input_grad[index] else ()
 
 
-class Enter(torch.autograd.Function):
-    """An image in channels_last, for a chain whose input's gradient stock gives contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
-        return input.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
-
-
-class ConvAct(torch.autograd.Function):
-    """act(conv(input) + bias); saves the mask, and the input where the weight trains."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        bias: Tensor | None,
-        weight: Tensor | None,
-        algorithm: Algorithm,
-        act: Act,
-    ) -> Tensor:
-        output, mask = algorithm.forward(input, bias, act)
-        ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
-        ctx.algorithm, ctx.act = algorithm, act
-        return output
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *trained = ctx.saved_tensors
-        need_input, need_bias = ctx.needs_input_grad[:2]
-        grad_input, grad_bias, grad_weight = ctx.algorithm.backward(
-            dense(grad),
-            mask,
-            ctx.act,
-            need_input,
-            need_bias,
-            Trained(*trained) if trained else None,
-        )
-        return grad_input, grad_bias if need_bias else None, grad_weight, None, None
-
-
-class ConvAddAct(torch.autograd.Function):
-    """act(conv(input) + bias + residual); saves the mask, and the input where the weight trains."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        bias: Tensor | None,
-        weight: Tensor | None,
-        residual: Tensor,
-        algorithm: Algorithm,
-        act: Act,
-    ) -> Tensor:
-        output, mask = algorithm.forward_add(input, bias, residual, act)
-        ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
-        ctx.algorithm, ctx.act = algorithm, act
-        return output
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *trained = ctx.saved_tensors
-        need_input, need_bias, need_weight, need_residual = ctx.needs_input_grad[:4]
-        algorithm = ctx.algorithm
-        size = (grad.size(2), grad.size(3))
-        need_grad = need_input or need_weight or need_residual
-        passed, grad_bias = masked(dense(grad), mask, ctx.act, size, need_grad, need_bias)
-        return (
-            algorithm.dgrad(passed) if need_input else None,
-            grad_bias if need_bias else None,
-            algorithm.wgrad(passed, Trained(*trained)) if need_weight else None,
-            passed if need_residual else None,
-            None,
-            None,
-        )
-
-
 class Norm(NamedTuple):
     """Batch norm as ``F.batch_norm`` was handed it.
 
@@ -146,106 +63,6 @@ class Norm(NamedTuple):
     batch: bool
     momentum: float
     eps: float
-
-    def single(self) -> Norm:
-        """With weight and bias in float32."""
-        return self._replace(weight=single(self.weight), bias=single(self.bias))
-
-    def update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Moves the running statistics towards a batch's."""
-        if self.running_mean is None or self.running_var is None:
-            return
-        running_mean, running_var = single(self.running_mean), single(self.running_var)
-        ops.batch_norm_update_running(running_mean, running_var, mean, var, self.momentum, count)
-        if running_mean is not self.running_mean:
-            self.running_mean.copy_(running_mean)
-            self.running_var.copy_(running_var)
-
-
-class ConvNormAct(torch.autograd.Function):
-    """act(batch_norm(conv(input) + bias) + residual) with batch statistics.
-
-    Saves the mask; the convolution's output, which the statistics' gradient needs, where the
-    gradient goes on to the input, the weight or gamma, or where the activation's slope follows from
-    it; and the input where the weight trains. A bias in front of batch statistics has no influence:
-    its gradient is exactly zero, or NaN where the numbers that it would be summed from are not
-    finite.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        bias: Tensor | None,
-        weight: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        algorithm: Algorithm,
-        norm: Norm,
-        act: Act,
-    ) -> Tensor:
-        z, mean, var = algorithm.forward_stats(input, bias)
-        count = z.numel() // z.size(1)
-        seen = mean if bias is None or algorithm.adds_bias else mean + bias
-        norm.update(seen, var, count)
-        scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gamma, beta, norm.eps)
-        output, mask = ops.batch_norm_apply(z, scale, shift, residual, *act.arguments)
-        mask = None if act == Act.NONE or act.smooth else mask
-        need_input, _, need_weight, need_gamma = ctx.needs_input_grad[:4]
-        affine = (scale, shift) if act.smooth else (None, None)
-        keep = need_input or need_weight or need_gamma or act.smooth
-        kept = (z, mean, invstd, gamma, *affine) if keep else ()
-        ctx.save_for_backward(mask, *kept, *to_save(ctx, input, 2, weight))
-        ctx.algorithm, ctx.act, ctx.count = algorithm, act, count
-        ctx.size = tuple(z.shape[2:])
-        return output
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *kept = ctx.saved_tensors
-        need_input, need_bias, need_weight, need_gamma, need_beta, need_residual = (
-            ctx.needs_input_grad[:6]
-        )
-        act, algorithm = ctx.act, ctx.algorithm
-        grad = dense(grad)
-        if not kept:
-            need_sums = need_beta or need_bias
-            passed, sums = masked(grad, mask, act, ctx.size, need_residual, need_sums)
-            grad_bias = sums * 0 if need_bias and sums is not None else None
-            grad_beta = sums if need_beta else None
-            grad_residual = passed if need_residual else None
-            return None, grad_bias, None, None, grad_beta, grad_residual, None, None, None
-        z, mean, invstd, gamma, scale, shift, *trained = kept
-        sums = ops.batch_norm_grad_sums(grad, z, mean, mask, scale, shift, *act.arguments)
-        a, b, c, grad_beta, grad_gamma = ops.batch_norm_grad_coefficients(
-            *sums, mean, invstd, gamma, ctx.count
-        )
-        grad_bias = c * 0 if need_bias else None
-        grad_input = grad_weight = grad_residual = None
-        if need_input or need_weight or need_residual:
-            grad_input, grad_residual, grad_weight = algorithm.backward_norm(
-                grad,
-                z,
-                NormGrad(a, b, c, scale, shift),
-                mask,
-                act,
-                need_input,
-                need_residual,
-                Trained(*trained) if trained else None,
-            )
-        return (
-            grad_input,
-            grad_bias,
-            grad_weight,
-            grad_gamma if need_gamma else None,
-            grad_beta if need_beta else None,
-            grad_residual if need_residual else None,
-            None,
-            None,
-            None,
-        )
 
 
 class LinearAct(torch.autograd.Function):

@@ -14,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .._build import deferral
+from .._build import chains, deferral
 from ..nn import SkipLayer
 from .activation import Act, Kind
-from .autograd import ConvAct, ConvAddAct, ConvNormAct, Enter, LinearAct, Norm
-from .conv.algorithm import Algorithm, Direct, Given
+from .autograd import LinearAct, Norm
+from .conv.algorithm import Algorithm
 from .conv.choice import choose
 from .conv.measure import Measured
 from .conv.weight import Weight
@@ -26,7 +26,7 @@ from .linear import Products
 from .options import SkipOptions
 from .packed_weights import PackedWeights
 from .plan import ConvPlan, Plan
-from .support import single, takes
+from .support import KERNELS, single, takes
 
 ops = torch.ops.wus
 
@@ -70,9 +70,9 @@ def run_conv(
     Args:
         weight_trains: whether the weight gets a gradient; else it is a constant.
     """
-    input = entered(input.to(plan.dtype), deferral.suggests_channels_last(weight))
+    input = chains.entered(input.to(plan.dtype), deferral.suggests_channels_last(weight))
     if residual is not None:
-        residual = entered(residual, False)
+        residual = chains.entered(residual, False)
     trained = weight if weight_trains else None
     own = Weight(conv, weight.detach(), (weight,), weight_trains)
     images = input.size(0)
@@ -98,16 +98,14 @@ def run_conv(
 
     if norm is not None and norm.batch:
         chosen = algorithm(own, wants_dgrad(input))
-        return applied(chosen, input, bias, trained, norm.single(), residual, act)
+        return chains.chained(chosen, input, bias, trained, norm, residual, act)
     if norm is not None and weight_trains:  # folding would be for this call only
         chosen = algorithm(own, False)
-        return normalised(chosen.forward(input, bias, Act.NONE)[0], norm.single(), residual, act)
+        return normalised(chosen.forward(input, bias, Act.NONE)[0], norm, residual, act)
     if norm is not None:
         own, bias = folded(own, bias, norm)
     chosen = algorithm(own, wants_dgrad(input))
-    if type(chosen) is Direct and residual is None and act == Act.NONE:
-        return chosen.alone(input, bias, trained)
-    return applied(chosen, input, bias, trained, None, residual, act)
+    return chains.chained(chosen, input, bias, trained, None, residual, act)
 
 
 def resume(image: Tensor, norm: Norm | None, residual: Tensor | None, act: Act) -> Tensor | None:
@@ -125,36 +123,8 @@ def resume(image: Tensor, norm: Norm | None, residual: Tensor | None, act: Act) 
     ):
         return None
     if residual is not None:
-        residual = entered(residual, False)
-    norm = None if norm is None else norm.single()
-    return applied(Given(image), image, None, None, norm, residual, act)
-
-
-def applied(
-    algorithm: Algorithm,
-    input: Tensor,
-    bias: Tensor | None,
-    trained: Tensor | None,
-    norm: Norm | None,
-    residual: Tensor | None,
-    act: Act,
-) -> Tensor:
-    """A convolution and what follows it, as one autograd function.
-
-    Args:
-        trained: the weight, where it gets a gradient.
-        norm: with the batch's statistics.
-    """
-    if norm is not None:
-        gamma = norm.weight
-        if norm.constant and gamma is not None:
-            gamma = gamma.detach()
-        return ConvNormAct.apply(
-            input, bias, trained, gamma, norm.bias, residual, algorithm, norm, act
-        )
-    if residual is not None:
-        return ConvAddAct.apply(input, bias, trained, residual, algorithm, act)
-    return ConvAct.apply(input, bias, trained, algorithm, act)
+        residual = chains.entered(residual, False)
+    return chains.resumed(image, norm, residual, act, KERNELS)
 
 
 def run_linear(
@@ -184,17 +154,6 @@ def run_linear(
     return LinearAct.apply(input, bias, None, product, act, noise, p)
 
 
-def entered(input: Tensor, stock_like: bool) -> Tensor:
-    """An image in channels_last whose gradient leaves in the layout that stock would give.
-
-    Args:
-        stock_like: that is channels_last whatever the image's layout.
-    """
-    if stock_like or deferral.suggests_channels_last(input):
-        return input.contiguous(memory_format=torch.channels_last)
-    return Enter.apply(input)
-
-
 def wants_dgrad(input: Tensor) -> bool:
     """Whether backward will be asked for the gradient of `input`."""
     return input.requires_grad and torch.is_grad_enabled()
@@ -218,7 +177,11 @@ def saved_by(act: Act, sizes: Sequence[int], dtype: torch.dtype) -> int:
 def normalised(image: Tensor, norm: Norm, residual: Tensor | None, act: Act) -> Tensor:
     """act(norm(image) + residual) with running statistics and without gradients."""
     scale, shift, _ = ops.batch_norm_scale_shift(
-        single(norm.running_mean), single(norm.running_var), norm.weight, norm.bias, norm.eps
+        single(norm.running_mean),
+        single(norm.running_var),
+        single(norm.weight),
+        single(norm.bias),
+        norm.eps,
     )
     return ops.batch_norm_apply(image, scale, shift, residual, *act.arguments, need_mask=False)[0]
 

@@ -25,11 +25,13 @@ from ..nn import Conv2d, Linear, SkipLayer, is_frozen
 from .activation import Act, Kind
 from .autograd import Norm
 from .chains import Notes, resume, run_conv, run_linear
+from .conv.choice import Library, cast
 from .conv.measure import Measured
+from .conv.weight import Weight
 from .dropout import drop
 from .options import SkipOptions
 from .packed_weights import PackedWeights
-from .plan import ConvPlan, Key, Plan, plan_conv, plan_linear, tensor_types, why_not
+from .plan import ConvPlan, Key, Plan, plan_conv, plan_linear, why_not
 from .storage_access import settle_before_storage_access
 
 logger = logging.getLogger("wus_ext")
@@ -86,7 +88,8 @@ class Engine:
         self._deferred = False
         settle_before_storage_access()
         self.packed.begin_step()
-        session = deferral.Session(self)
+        observed = self.record is not None or self.notes is not None
+        session = deferral.Session(self, observed)
         return session if session.begin() else None
 
     def remember(self, inputs: tuple[Any, ...]) -> None:
@@ -146,9 +149,7 @@ class Engine:
             return None
         bias = conv._constant(conv._parameters.get("bias"))
         key = (
-            *tensor_types(input, weight, bias),
-            input.shape,
-            weight.shape,
+            deferral.signature(input, weight, bias),
             conv.stride,
             conv.padding,
             conv.dilation,
@@ -172,7 +173,7 @@ class Engine:
         if weight is None:
             return None
         bias = linear._constant(linear._parameters.get("bias"))
-        key = (*tensor_types(input, weight, bias), input.shape, weight.shape)
+        key = deferral.signature(input, weight, bias)
         plan = self._plan(linear, key, input, weight, bias)
         if plan is None:
             return None
@@ -185,7 +186,9 @@ class Engine:
         """The layer's weight, if the layer may run fused on `input`, and whether it trains."""
         weight = layer._parameters.get("weight")
         trains = not layer.skip_wgrad and (weight is None or weight.requires_grad)
-        if trains:  # what is made of a weight that trains serves one call only
+        if (
+            trains and self.packed.holds_any()
+        ):  # what is made of a weight that trains serves one call only
             self.packed.drop((layer,))
         if (
             type(input) not in (Tensor, nn.Parameter)
@@ -229,6 +232,36 @@ class Engine:
 
     # Called back by csrc/deferral.
 
+    def observe(
+        self,
+        layer: nn.Module,
+        plan: Plan,
+        norm: bool,
+        residual: bool,
+        kind: int,
+        pool: bool,
+        dropout: bool,
+    ) -> None:
+        """Notes which steps a chain has, and how it runs where there is nothing to choose."""
+        if self.record is not None:
+            steps = {
+                "conv" if isinstance(plan, ConvPlan) else "linear": True,
+                "norm": norm,
+                "add": residual,
+                Kind(kind).name.lower(): kind != Kind.NONE,
+                "pool": pool,
+                "dropout": dropout,
+            }
+            self.record.append((layer, " ".join(step for step, there in steps.items() if there)))
+        if self.notes is not None and isinstance(plan, ConvPlan) and plan.library is not None:
+            self.notes.algorithms[layer] = plan.library.name
+
+    def cast(
+        self, layer: nn.Module, weight: Tensor, library: Library, dtype: torch.dtype
+    ) -> Tensor:
+        """A weight that stands still as the library takes it."""
+        return cast(Weight(layer, weight.detach(), (weight,)), self.packed, library, dtype)
+
     def run(
         self,
         layer: SkipLayer,
@@ -247,16 +280,6 @@ class Engine:
     ) -> Tensor:
         """A chain's value; `kind` and `slope` are an activation's."""
         act = Act.of(kind, slope, pool)
-        if self.record is not None:
-            steps = {
-                "conv" if isinstance(plan, ConvPlan) else "linear": True,
-                "norm": norm is not None,
-                "add": residual is not None,
-                act.kind.name.lower(): act.kind != Kind.NONE,
-                "pool": pool is not None,
-                "dropout": noise is not None,
-            }
-            self.record.append((layer, " ".join(step for step, there in steps.items() if there)))
         if not isinstance(plan, ConvPlan):
             return run_linear(self, layer, plan, input, weight, bias, weight_trains, act, noise, p)
         return run_conv(

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import autocasts
-from .conv.choice import pays_for_one_use
+from .conv.choice import Library, library, only_library, pays_for_one_use
 from .conv.geometry import Geometry
-from .support import TYPES, on_gpu
+from .support import KERNELS, TYPES, on_gpu
 
-__all__ = ["ConvPlan", "Key", "Plan", "plan_conv", "plan_linear", "tensor_types", "why_not"]
+__all__ = ["ConvPlan", "Key", "Plan", "plan_conv", "plan_linear", "why_not"]
 
 #: What a layer's call depends on, besides its tensors' values.
-Key = tuple[Any, ...]
+Key = Hashable
 
 
 @dataclass(slots=True)
@@ -38,26 +37,12 @@ class ConvPlan(Plan):
 
     Attributes:
         faster: than the library's own, without gradients and on a weight packed for this call.
+        library: the library's own convolution, where there is no other to choose.
     """
 
     geometry: Geometry
     faster: bool
-
-
-def tensor_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> Key:
-    autocast = None
-    if autocasts():
-        device = weight.device.type
-        if torch.is_autocast_enabled(device):
-            autocast = torch.get_autocast_dtype(device)
-    return (
-        autocast,
-        input.dtype,
-        input.device,
-        weight.dtype,
-        weight.device,
-        None if bias is None else (bias.dtype, bias.device, type(bias)),
-    )
+    library: Library | None
 
 
 def _fused_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
@@ -101,9 +86,11 @@ def plan_conv(
     if min(geometry.output_size) < 1:
         return None
     sizes = [input.size(0), weight.size(0), *geometry.output_size]
-    single = dtype == torch.float32
-    faster = on_gpu(weight) or (single and pays_for_one_use(geometry, algo, input.size(0)))
-    return ConvPlan(sizes, dtype, geometry, faster)
+    gpu, single = on_gpu(weight), dtype == torch.float32
+    faster = gpu or (single and pays_for_one_use(geometry, algo, input.size(0)))
+    alone = only_library(geometry, algo, gpu, dtype)
+    own = library(geometry, gpu, KERNELS) if alone else None
+    return ConvPlan(sizes, dtype, geometry, faster, own)
 
 
 def plan_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:

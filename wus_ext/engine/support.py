@@ -15,6 +15,9 @@ TYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.bfloat
 if build_info()["cuda"] is not None:
     TYPES["cuda"] = (torch.float32, torch.float16, torch.bfloat16)
 
+#: Whose operators the chains of ``csrc/chains`` call.
+KERNELS = "wus"
+
 
 @overload
 def single(tensor: Tensor) -> Tensor: ...

@@ -21,6 +21,8 @@ import wus_ext  # noqa: F401  (registers torch.ops.wus, whose schemas are taken)
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 FLAGS = ["-x", "c++", "-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-w"]
+#: Of the emulated operators.
+NAMESPACE = "wus_emulated"
 SANITIZE = ["-g", "-fsanitize=address"]
 
 
@@ -58,7 +60,7 @@ def compile_kernels() -> Path:
 @cache
 def load() -> Any:
     """``torch.ops.wus_emulated``: the operators that have a CUDA kernel, for tensors on the CPU."""
-    library = torch.library.Library("wus_emulated", "DEF")
+    library = torch.library.Library(NAMESPACE, "DEF")
     load.library = library  # keeps the schemas alive
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith("wus::"):

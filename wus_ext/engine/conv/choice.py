@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from ..._build import chains
 from ..options import SkipOptions
 from ..packed_weights import PackedWeights
-from ..support import on_gpu
-from .algorithm import Algorithm, Direct, OnGpu, Strided
+from ..support import KERNELS, on_gpu
+from .algorithm import Algorithm, Strided
 from .copies import Copies, Form
 from .depthwise import Depthwise
 from .geometry import Geometry, schemes, suits_depthwise, suits_pointwise, suits_strided
@@ -20,13 +21,30 @@ from .pointwise import Pointwise
 from .weight import Weight
 from .winograd import Winograd
 
-__all__ = ["choose"]
+__all__ = ["cast", "choose", "library", "only_library", "pays_for_one_use"]
 
 #: Pixels of an output, over the batch, from which packing a weight for one step pays: for one use
 #: with gradients, whose memory is at hand, and for one without.
 STEP_ROWS, LONE_ROWS = 128, 2048
 #: Elements of a weight up to which its gradient is best made in the same pass as the input's.
 SMALL_WEIGHT = 1 << 16
+
+
+#: The library's own convolution of given numbers: oneDNN's, cuDNN's.
+Library = chains.Library
+
+
+@lru_cache(maxsize=1024)
+def library(geometry: Geometry, gpu: bool, kernels: str) -> Library:
+    """The library's own convolution, with our `kernels` around it."""
+    g = geometry
+    window = g.kernel_size, g.stride, g.padding, g.dilation
+    return Library(*window, g.groups, g.input_size, g.output_size, gpu, kernels)
+
+
+def only_library(geometry: Geometry, algo: str, gpu: bool, dtype: torch.dtype) -> bool:
+    """Whether there is nothing to choose from but the library's own convolution."""
+    return gpu or (dtype != torch.float32 and not suits_depthwise(geometry, algo))
 
 
 def choose(
@@ -47,13 +65,13 @@ def choose(
         backward: whether a data gradient will be asked for.
         dtype: of the input, to which autocast may have cast it.
     """
-    if on_gpu(weight.own):
-        return OnGpu(geometry, partial(_cast, weight, packed, dtype))
-    if dtype != torch.float32:
-        if suits_depthwise(geometry, options.algo):
-            return Depthwise(geometry, weight.make())
-        return Direct(geometry, partial(_cast, weight, packed, dtype))
-    contenders = _contenders(weight, geometry, options, packed, images, backward)
+    gpu = on_gpu(weight.own)
+    own = library(geometry, gpu, KERNELS)
+    if dtype != torch.float32 and not gpu and suits_depthwise(geometry, options.algo):
+        return Depthwise(geometry, weight.make())
+    if only_library(geometry, options.algo, gpu, dtype):
+        return chains.LibraryConvolution(own, cast(weight, packed, own, dtype))
+    contenders = _contenders(weight, geometry, own, options, packed, images, backward)
     if options.algo == "measure":
         trains = weight.trains and torch.is_grad_enabled()
         call = Call(geometry, images, trains, backward)
@@ -76,6 +94,7 @@ def _rows(geometry: Geometry, images: int) -> int:
 def _contenders(
     weight: Weight,
     geometry: Geometry,
+    library: Library,
     options: SkipOptions,
     packed: PackedWeights,
     images: int,
@@ -116,16 +135,15 @@ def _contenders(
 
     if suits_depthwise(geometry, options.algo):
         yield Contender(Depthwise.name, lambda: Depthwise(geometry, unpacked()))
-    yield Contender(Direct.name, lambda: Direct(geometry, unpacked))
+    yield Contender(library.name, lambda: chains.LibraryConvolution(library, unpacked()))
 
 
-def _cast(weight: Weight, packed: PackedWeights, dtype: torch.dtype) -> Tensor:
-    """The weight as the library wants it: of a type, in channels_last; kept in a window."""
-    own, layout = weight.own, torch.channels_last
-
-    def make() -> Tensor:
-        return weight.make().to(dtype).contiguous(memory_format=layout)
-
-    if weight.folded is None and own.dtype == dtype and own.is_contiguous(memory_format=layout):
+def cast(weight: Weight, packed: PackedWeights, library: Library, dtype: torch.dtype) -> Tensor:
+    """The weight as the library takes it, in a type; a copy is kept in a window."""
+    own = library.as_it_is(weight.own, dtype) if weight.folded is None else None
+    if own is not None:
         return own
-    return packed.get(weight.layer, ("cast", dtype, weight.folded is None), weight.sources, make)
+    name = ("cast", dtype, weight.folded is None)
+    return packed.get(
+        weight.layer, name, weight.sources, lambda: library.cast(weight.make(), dtype)
+    )

@@ -44,7 +44,7 @@ class Pointwise(Rowwise):
     ) -> tuple[Tensor, Tensor, Tensor]:
         input = weight = None
         if trained is not None:
-            input, weight = trained
+            input, weight = trained.input, trained.weight
         layout = torch.channels_last
         return ops.pointwise_backward(
             grad,

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from ..activation import Act, activate, masked
-from .algorithm import Algorithm, NormGrad, Trained
+from .algorithm import Algorithm, NormGrad, Trained, through_norm
 
 
 class Rowwise(Algorithm):
@@ -61,7 +61,7 @@ class Rowwise(Algorithm):
         trained: Trained | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if act.pool is not None:
-            grad_z, _ = norm.backward(grad, z, mask, act)
+            grad_z, _ = through_norm(norm, grad, z, mask, act)
             return self._plain(grad_z, need_input, None, trained)
         grad_residual = None
         if need_residual:

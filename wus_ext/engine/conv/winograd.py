@@ -153,15 +153,14 @@ class Winograd(Algorithm):
         z: Tensor | None = None,
         coefficients: Tensor | None = None,
     ) -> Tensor:
-        input, weight = trained
         return ops.winograd_wgrad(
             grad,
-            input,
+            trained.input,
             mask,
             self.padding,
             self.scheme,
             prologue,
             z,
             coefficients,
-            weight.is_contiguous(memory_format=torch.channels_last),
+            trained.weight.is_contiguous(memory_format=torch.channels_last),
         )
