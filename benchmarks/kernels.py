@@ -128,9 +128,7 @@ def norm_cases(x: torch.Tensor, g: torch.Tensor, full: float, bits: float) -> It
     )
 
     def forward():
-        mean, var = ops.batch_norm_stats(x)
-        ops.batch_norm_update_running(*running, mean, var, 0.1, x.numel() // channels)
-        scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, weight, bias, 1e-5)
+        mean, scale, shift, invstd = ops.batch_norm_train(x, weight, bias, *running, 0.1, 1e-5)
         return mean, invstd, *ops.batch_norm_apply(x, scale, shift, None, 1)
 
     def stock_forward():
@@ -145,9 +143,8 @@ def norm_cases(x: torch.Tensor, g: torch.Tensor, full: float, bits: float) -> It
     mean, invstd, y, mask = forward()
 
     def backward():
-        sums = ops.batch_norm_grad_sums(g, x, mean, mask, act=1)
         *abc, grad_bias, _ = ops.batch_norm_grad_coefficients(
-            *sums, mean, invstd, weight, x.numel() // channels
+            g, x, mean, invstd, weight, mask, act=1
         )
         return ops.batch_norm_grad_input(g, x, *abc, mask, act=1)[0], grad_bias
 

@@ -60,17 +60,20 @@ TORCH_LIBRARY(wus, m) {
   m.def(
       "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
       "Tensor var, float momentum, SymInt count) -> ()");
+  // Statistics, what they make of weight and bias, and the running ones' update, in one.
+  // offset: what input is short of: a bias, of which running_mean alone, and NaN, must hear.
+  m.def(
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, float momentum, float eps, Tensor? offset=None) -> "
+      "(Tensor mean, Tensor scale, Tensor shift, Tensor invstd)");
   m.def(
       "batch_norm_apply(Tensor input, Tensor? scale, Tensor shift, Tensor? residual=None, "
       "int act=0, float slope=0, int[] pool=[], bool need_mask=True) -> "
       "(Tensor output, Tensor mask)");
   m.def(
-      "batch_norm_grad_sums(Tensor grad_output, Tensor input, Tensor mean, Tensor? mask=None, "
-      "Tensor? scale=None, Tensor? shift=None, int act=0, float slope=0, int[] pool=[]) -> "
-      "(Tensor sum_grad, Tensor sum_grad_xmu)");
-  m.def(
-      "batch_norm_grad_coefficients(Tensor sum_grad, Tensor sum_grad_xmu, Tensor mean, "
-      "Tensor invstd, Tensor? weight, SymInt count) -> "
+      "batch_norm_grad_coefficients(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, "
+      "Tensor? weight=None, Tensor? mask=None, Tensor? scale=None, Tensor? shift=None, int act=0, "
+      "float slope=0, int[] pool=[]) -> "
       "(Tensor a, Tensor b, Tensor c0, Tensor grad_bias, Tensor grad_weight)");
   m.def(
       "batch_norm_grad_input(Tensor grad_output, Tensor input, Tensor a, Tensor b, Tensor c0, "

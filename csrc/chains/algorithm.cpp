@@ -16,10 +16,8 @@ Output Unfused::forward_add(const Tensor& input, const Tensor& bias, const Tenso
   return {activated, bits};
 }
 
-std::tuple<Tensor, Tensor, Tensor> Unfused::forward_stats(const Tensor& input, const Tensor& bias) {
-  Tensor output = convolve(input, bias);
-  auto [mean, var] = kernels.stats.call(output);
-  return {std::move(output), std::move(mean), std::move(var)};
+Normed Unfused::forward_norm(const Tensor& input, const Tensor& bias, const BatchNorm& norm) {
+  return normed(kernels, convolve(input, bias), norm);
 }
 
 Gradients Unfused::backward(const Tensor& grad, const Tensor& saved, const Act& act,

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "chains/act.h"
+#include "chains/norm.h"
 
 namespace wus::chains {
 
@@ -37,9 +38,8 @@ class Algorithm {
   // act(conv(input) + bias + residual); the activation is none or one that saves bits.
   virtual Output forward_add(const Tensor& input, const Tensor& bias, const Tensor& residual,
                              const Act& act) = 0;
-  // conv(input) + bias, and each channel's mean and biased variance; see adds_bias.
-  virtual std::tuple<Tensor, Tensor, Tensor> forward_stats(const Tensor& input,
-                                                           const Tensor& bias) = 0;
+  // conv(input) + bias, and what normalises it.
+  virtual Normed forward_norm(const Tensor& input, const Tensor& bias, const BatchNorm& norm) = 0;
   virtual Gradients backward(const Tensor& grad, const Tensor& saved, const Act& act,
                              bool need_input, bool need_bias, const Trained& trained) = 0;
   virtual Tensor dgrad(const Tensor& grad) = 0;
@@ -55,9 +55,6 @@ class Algorithm {
   virtual OptionalTensor alone(const Tensor& input, const Tensor& bias, const Tensor& trained) {
     return std::nullopt;
   }
-  // Whether forward_stats adds the bias, which a normalisation takes away again; where it does not,
-  // all is as if it had, but for the mean.
-  virtual bool adds_bias() const { return true; }
 
   const Kernels& kernels;
 };
@@ -73,8 +70,7 @@ class Unfused : public Algorithm {
   Output forward(const Tensor& input, const Tensor& bias, const Act& act) override;
   Output forward_add(const Tensor& input, const Tensor& bias, const Tensor& residual,
                      const Act& act) override;
-  std::tuple<Tensor, Tensor, Tensor> forward_stats(const Tensor& input,
-                                                   const Tensor& bias) override;
+  Normed forward_norm(const Tensor& input, const Tensor& bias, const BatchNorm& norm) override;
   Gradients backward(const Tensor& grad, const Tensor& saved, const Act& act, bool need_input,
                      bool need_bias, const Trained& trained) override;
   std::tuple<Tensor, Tensor, Tensor> backward_norm(const Tensor& grad, const Tensor& z,

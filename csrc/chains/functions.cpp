@@ -45,8 +45,7 @@ struct State : torch::CustomClassHolder {
   AlgorithmPtr algorithm;
   Act act;
   Arguments arguments;
-  int64_t count = 0;  // values a channel
-  Size size{};        // in front of a pool
+  Size size{};  // in front of a pool
 };
 
 const char* const kState = "state";
@@ -164,18 +163,12 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
                         const OptionalTensor& gamma, const OptionalTensor& beta,
                         const OptionalTensor& residual, const AlgorithmPtr& algorithm,
                         const BatchNorm& norm, const Act& act) {
-    const Kernels& kernels = algorithm->kernels;
-    auto [z, mean, var] = algorithm->forward_stats(*input, value(bias));
-    const int64_t count = z.numel() / z.size(1);
-    update(norm, kernels, bias && !algorithm->adds_bias() ? at::add(mean, *bias) : mean, var,
-           count);
-    auto [scale, shift, invstd] = kernels.scale_shift.call(mean, var, gamma, beta, norm.eps);
-    auto [output, mask] = kernels.apply.call(z, scale, shift, residual, act.kind, act.slope,
-                                             act.pool, /*need_mask=*/true);
+    const auto [z, mean, scale, shift, invstd] = algorithm->forward_norm(*input, value(bias), norm);
+    auto [output, mask] = algorithm->kernels.apply.call(z, scale, shift, residual, act.kind,
+                                                        act.slope, act.pool, /*need_mask=*/true);
     State& state =
         keep(context, c10::make_intrusive<State>(
                           algorithm, act, Arguments{input, bias, weight, gamma, beta, residual}));
-    state.count = count;
     state.size = {z.size(2), z.size(3)};
     const auto wants = [&](int argument) { return state.arguments.wants(argument); };
     variable_list kept{act.none() || act.smooth() ? Tensor() : mask};
@@ -208,11 +201,9 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
     }
     const Tensor &z = saved[1], &mean = saved[2], &invstd = saved[3], &gamma = saved[4],
                  &scale = saved[5], &shift = saved[6];
-    const auto [sum, sum_xmu] =
-        kernels.grad_sums.call(grad, z, mean, optional(mask), optional(scale), optional(shift),
-                               act.kind, act.slope, act.pool);
-    const auto [a, b, c, grad_beta, grad_gamma] =
-        kernels.grad_coefficients.call(sum, sum_xmu, mean, invstd, optional(gamma), state->count);
+    const auto [a, b, c, grad_beta, grad_gamma] = kernels.grad_coefficients.call(
+        grad, z, mean, invstd, optional(gamma), optional(mask), optional(scale), optional(shift),
+        act.kind, act.slope, act.pool);
     if (needs(kInput) || needs(kWeight) || needs(kResidual)) {
       const Trained trained = needs(kWeight) ? trained_from(saved, 7) : Trained{};
       auto [input, residual, weight] = state->algorithm->backward_norm(
@@ -229,17 +220,6 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
 
  private:
   enum { kInput, kBias, kWeight, kGamma, kBeta, kResidual, kAlgorithm, kNorm, kAct, kArguments };
-
-  // Moves the running statistics towards a batch's.
-  static void update(const BatchNorm& norm, const Kernels& kernels, const Tensor& mean,
-                     const Tensor& var, int64_t count) {
-    if (!norm.running_mean.defined() || !norm.running_var.defined()) return;
-    const Tensor running_mean = single(norm.running_mean), running_var = single(norm.running_var);
-    kernels.update_running.call(running_mean, running_var, mean, var, norm.momentum, count);
-    if (running_mean.is_same(norm.running_mean)) return;
-    norm.running_mean.copy_(running_mean);
-    norm.running_var.copy_(running_var);
-  }
 };
 
 }  // namespace
@@ -252,9 +232,13 @@ Tensor chained(AlgorithmPtr algorithm, const Tensor& input, const Tensor& bias,
   }
   const OptionalTensor image = input, shift = optional(bias), weight = optional(trained),
                        summand = optional(residual);
-  if (norm)
-    return ConvNormAct::apply(image, shift, weight, optional(single(norm->weight)),
-                              optional(single(norm->bias)), summand, algorithm, *norm, act);
+  if (norm) {
+    BatchNorm in_float = *norm;
+    in_float.weight = single(norm->weight);
+    in_float.bias = single(norm->bias);
+    return ConvNormAct::apply(image, shift, weight, optional(in_float.weight),
+                              optional(in_float.bias), summand, algorithm, in_float, act);
+  }
   if (summand) return ConvAddAct::apply(image, shift, weight, summand, algorithm, act);
   return ConvAct::apply(image, shift, weight, algorithm, act);
 }

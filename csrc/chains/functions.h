@@ -4,12 +4,6 @@
 
 namespace wus::chains {
 
-// Batch norm with the batch's statistics, which the running ones, if there are any, follow.
-struct BatchNorm {
-  Tensor weight, bias, running_mean, running_var;
-  double momentum, eps;
-};
-
 // act(batch_norm(conv(input) + bias) + residual), of which all but the convolution may be missing.
 // Images are in channels_last.
 //

@@ -25,11 +25,10 @@ Kernels::Kernels(const std::string& space)
       activate_grad(Named{space + "::activate_grad"}),
       relu_max_pool(Named{space + "::relu_max_pool"}),
       max_pool_bias_grad(Named{space + "::max_pool_bias_grad"}),
-      stats(Named{space + "::batch_norm_stats"}),
+      train(Named{space + "::batch_norm_train"}),
       scale_shift(Named{space + "::batch_norm_scale_shift"}),
       update_running(Named{space + "::batch_norm_update_running"}),
       apply(Named{space + "::batch_norm_apply"}),
-      grad_sums(Named{space + "::batch_norm_grad_sums"}),
       grad_coefficients(Named{space + "::batch_norm_grad_coefficients"}),
       grad_input(Named{space + "::batch_norm_grad_input"}) {}
 

@@ -18,6 +18,7 @@ struct Kernels {
   using Operator = c10::TypedOperatorHandle<F>;
   using Two = std::tuple<Tensor, Tensor>;
   using Three = std::tuple<Tensor, Tensor, Tensor>;
+  using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
   using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   explicit Kernels(const std::string& space);
@@ -32,7 +33,9 @@ struct Kernels {
   Operator<Two(const Tensor&, bool, at::IntArrayRef)> relu_max_pool;
   Operator<Two(const Tensor&, const Tensor&, at::IntArrayRef, bool, at::IntArrayRef)>
       max_pool_bias_grad;
-  Operator<Two(const Tensor&)> stats;
+  Operator<Four(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                const OptionalTensor&, double, double, const OptionalTensor&)>
+      train;
   Operator<Three(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                  double)>
       scale_shift;
@@ -40,11 +43,9 @@ struct Kernels {
   Operator<Two(const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, int64_t,
                double, at::IntArrayRef, bool)>
       apply;
-  Operator<Two(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-               const OptionalTensor&, const OptionalTensor&, int64_t, double, at::IntArrayRef)>
-      grad_sums;
   Operator<Five(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                int64_t)>
+                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
+                double, at::IntArrayRef)>
       grad_coefficients;
   Operator<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double,

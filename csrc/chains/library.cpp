@@ -77,12 +77,10 @@ Output LibraryConvolution::forward_add(const Tensor& input, const Tensor& bias,
   return shifted(convolve(input, {}), bias, residual, act);
 }
 
-std::tuple<Tensor, Tensor, Tensor> LibraryConvolution::forward_stats(const Tensor& input,
-                                                                     const Tensor& bias) {
-  if (!library_->gpu || !bias.defined()) return Unfused::forward_stats(input, bias);
-  auto [output, mean, var] = Unfused::forward_stats(input, {});
-  // What is not finite makes all behind the normalisation NaN.
-  return {output, mean.add(bias, 0), var};
+Normed LibraryConvolution::forward_norm(const Tensor& input, const Tensor& bias,
+                                        const BatchNorm& norm) {
+  if (!library_->gpu || !bias.defined()) return Unfused::forward_norm(input, bias, norm);
+  return normed(kernels, convolve(input, {}), norm, single(bias));
 }
 
 Tensor LibraryConvolution::dgrad(const Tensor& grad) {

@@ -36,14 +36,12 @@ class LibraryConvolution final : public Unfused {
   Output forward(const Tensor& input, const Tensor& bias, const Act& act) override;
   Output forward_add(const Tensor& input, const Tensor& bias, const Tensor& residual,
                      const Act& act) override;
-  std::tuple<Tensor, Tensor, Tensor> forward_stats(const Tensor& input,
-                                                   const Tensor& bias) override;
+  Normed forward_norm(const Tensor& input, const Tensor& bias, const BatchNorm& norm) override;
   Tensor dgrad(const Tensor& grad) override;
   Tensor wgrad(const Tensor& grad, const Trained& trained) override;
   OptionalTensor alone(const Tensor& input, const Tensor& bias, const Tensor& trained) override {
     return library_->alone(input, weight_, bias, trained);
   }
-  bool adds_bias() const override { return !library_->gpu; }
 
   const Library& library() const { return *library_; }
   // Throws if it is not what it was in the forward pass.

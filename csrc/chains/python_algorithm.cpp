@@ -47,10 +47,15 @@ Output PythonAlgorithm::forward_add(const Tensor& input, const Tensor& bias, con
   return two<Output>(algorithm_.attr("forward_add")(input, bias, residual, act_));
 }
 
-std::tuple<Tensor, Tensor, Tensor> PythonAlgorithm::forward_stats(const Tensor& input,
-                                                                  const Tensor& bias) {
-  py::gil_scoped_acquire gil;
-  return three<std::tuple<Tensor, Tensor, Tensor>>(algorithm_.attr("forward_stats")(input, bias));
+Normed PythonAlgorithm::forward_norm(const Tensor& input, const Tensor& bias,
+                                     const BatchNorm& norm) {
+  Tensor z, mean, var;
+  {
+    py::gil_scoped_acquire gil;
+    std::tie(z, mean, var) =
+        three<std::tuple<Tensor, Tensor, Tensor>>(algorithm_.attr("forward_stats")(input, bias));
+  }
+  return normed(kernels, z, mean, var, norm);
 }
 
 Gradients PythonAlgorithm::backward(const Tensor& grad, const Tensor& saved, const Act&,

@@ -15,8 +15,7 @@ class PythonAlgorithm final : public Algorithm {
   Output forward(const Tensor& input, const Tensor& bias, const Act& act) override;
   Output forward_add(const Tensor& input, const Tensor& bias, const Tensor& residual,
                      const Act& act) override;
-  std::tuple<Tensor, Tensor, Tensor> forward_stats(const Tensor& input,
-                                                   const Tensor& bias) override;
+  Normed forward_norm(const Tensor& input, const Tensor& bias, const BatchNorm& norm) override;
   Gradients backward(const Tensor& grad, const Tensor& saved, const Act& act, bool need_input,
                      bool need_bias, const Trained& trained) override;
   Tensor dgrad(const Tensor& grad) override;

@@ -59,9 +59,8 @@ class Norm:
         self.saved |= dict(zip(("act", "slope", "pool"), act.arguments, strict=True))
 
     def backward(self, g, need_grad_residual=False):
-        sums = ops.batch_norm_grad_sums(g, self.x, self.mean, **self.saved)
         *abc, grad_bias, grad_weight = ops.batch_norm_grad_coefficients(
-            *sums, self.mean, self.invstd, self.weight, rows_of(self.x).shape[0]
+            g, self.x, self.mean, self.invstd, self.weight, **self.saved
         )
         grads = ops.batch_norm_grad_input(
             g,
@@ -150,10 +149,11 @@ def test_backward_decides_as_forward_did(act):
     if act.kind == Kind.RELU:
         same(mask, pack(output > 0))
     g, mean = dense(torch.randn(x.shape)), torch.zeros(24)
-    stored = ops.batch_norm_grad_sums(g, x, mean, mask, None, None, *act.arguments)
-    again = ops.batch_norm_grad_sums(g, x, mean, None, scale, shift, *act.arguments)
-    same(stored[0], again[0])
-    same(stored[1], again[1])
+    own = g, x, mean, torch.ones(24), None
+    stored = ops.batch_norm_grad_coefficients(*own, mask, None, None, *act.arguments)
+    again = ops.batch_norm_grad_coefficients(*own, None, scale, shift, *act.arguments)
+    for one, other in zip(stored, again, strict=True):
+        same(one, other)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 16, 16), (1000, 13), (3, 3, 7, 7)], ids=str)
@@ -194,18 +194,52 @@ def test_running_statistics_are_stock(momentum):
     torch.testing.assert_close(running, expected, rtol=5e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("offset", [None, torch.arange(13.0)], ids=["whole", "short"])
+def test_all_of_a_training_step_in_one(offset, tracked):
+    x = dense(torch.randn(4, 13, 5, 5) * 3 + 2)
+    weight, bias = torch.rand(13), torch.randn(13)
+    running = [torch.randn(13), torch.rand(13)]
+    expected_running = [t.clone() for t in running]
+    mean, var = ops.batch_norm_stats(x)
+    seen = mean if offset is None else mean + offset
+    ops.batch_norm_update_running(*expected_running, seen, var, 0.1, 100)
+    expected = mean, *ops.batch_norm_scale_shift(mean, var, weight, bias, EPS)
+    given = running if tracked else [None, None]
+    actual = ops.batch_norm_train(x, weight, bias, *given, 0.1, EPS, offset)
+    for one, other in zip(actual, expected, strict=True):
+        same(one, other)
+    for one, other in zip(running, expected_running, strict=True):
+        assert torch.equal(one, other) == tracked
+
+
+def test_an_offset_that_is_not_finite_spoils_its_channel():
+    offset = torch.tensor([0.0, float("inf"), float("nan"), 1.0])
+    _, scale, shift, _ = ops.batch_norm_train(
+        torch.randn(8, 4), None, None, None, None, 0.1, EPS, offset
+    )
+    assert shift.isnan().tolist() == [False, True, True, False]
+    assert not scale.isnan().any()
+
+
 def test_empty_batch_gives_empty_tensors():
     x = torch.randn(0, 8, 4, 4)
     scale = torch.ones(8)
     pool = Act.RELU_POOL.arguments
     output, mask = ops.batch_norm_apply(x, scale, scale, None, *pool)
     assert output.shape == (0, 8, 2, 2)
-    sums = ops.batch_norm_grad_sums(output, x, scale, mask, None, None, *pool)
-    assert all(torch.equal(s, torch.zeros(8, dtype=torch.float64)) for s in sums)
+    *_, grad_bias, grad_weight = ops.batch_norm_grad_coefficients(
+        output, x, scale, scale, None, mask, None, None, *pool
+    )
+    assert not grad_bias.any()
+    assert not grad_weight.any()
     grad_input, _ = ops.batch_norm_grad_input(
         output, x, scale, scale, scale, mask, None, None, *pool
     )
     assert grad_input.shape == x.shape
+    running = torch.zeros(8), torch.ones(8)
+    assert ops.batch_norm_train(x, None, None, *running, 0.1, EPS)[1].isnan().all()
+    assert running[0].tolist() == [0.0] * 8
 
 
 @pytest.mark.parametrize("act", [*RECOMPUTED, *POOLED], ids=name)
@@ -235,10 +269,14 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"pool must be \[kernel, stride, padding, ceil\]"):
         ops.batch_norm_apply(x, scale, scale, None, 1, 0.0, [2, 2])
     with pytest.raises(ValueError, match="mask, or scale and shift, must be given for act 1"):
-        ops.batch_norm_grad_sums(x, x, scale, act=1)
+        ops.batch_norm_grad_coefficients(x, x, scale, scale, act=1)
     pooled = x[:, :, :2, :2]
     with pytest.raises(ValueError, match="mask must be given for pool"):
-        ops.batch_norm_grad_sums(pooled, x, scale, None, None, None, *Act.RELU_POOL.arguments)
+        ops.batch_norm_grad_coefficients(
+            pooled, x, scale, scale, None, None, None, None, *Act.RELU_POOL.arguments
+        )
+    with pytest.raises(ValueError, match="running_mean and running_var must be given together"):
+        ops.batch_norm_train(x, None, None, scale, None, 0.1, EPS)
     with pytest.raises(ValueError, match="need_grad_residual needs a mask"):
         ops.batch_norm_grad_input(
             x, x, scale, scale, scale, None, scale, scale, 1, need_grad_residual=True

@@ -87,7 +87,8 @@ def test_pools(shape, pool, relu):
     _, code = agree(ops.batch_norm_apply, x, scale, shift, None, act, 0.0, pool)
     mean, a, b, c = rows(shape[1], 4)
     finite = maps(*shape)
-    agree(ops.batch_norm_grad_sums, g, finite, mean, code, None, None, act, 0.0, pool)
+    saved = None, code, None, None, act, 0.0, pool
+    agree(ops.batch_norm_grad_coefficients, g, finite, mean, scale, *saved)
     agree(ops.batch_norm_grad_input, g, finite, a, b, c, code, None, None, act, 0.0, pool)
 
 
@@ -97,12 +98,13 @@ def test_batch_norm(shape, kind):
     x, g, residual = maps(*shape), maps(*shape), maps(*shape)
     scale, shift, mean, a, b, c = rows(channels_of(x), 6)
     agree(ops.batch_norm_stats, x)
+    agree(ops.batch_norm_train, x, scale, shift, None, None, 0.1, 1e-5)
     added = None if kind in SMOOTH else residual
     for scaled in (scale, None):
         _, mask = agree(ops.batch_norm_apply, x, scaled, shift, added, kind, SLOPE)
     mask = mask if kind.bits else None
     behind = (mask, scale, shift, kind, SLOPE)
-    agree(ops.batch_norm_grad_sums, g, x, mean, *behind)
+    agree(ops.batch_norm_grad_coefficients, g, x, mean, scale, None, *behind)
     agree(ops.batch_norm_grad_input, g, x, a, b, c, *behind)
     if mask is not None:
         agree(ops.batch_norm_grad_input, g, x, a, b, c, *behind, need_grad_residual=True)

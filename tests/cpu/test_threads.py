@@ -33,7 +33,7 @@ def norm(x):
     mean, var = ops.batch_norm_stats(x)
     scale, shift, _ = ops.batch_norm_scale_shift(mean, var, None, None, 1e-5)
     y, mask = ops.batch_norm_apply(x, scale, shift, None, 1)
-    return [mean, var, y, *ops.batch_norm_grad_sums(y, x, mean, mask, None, None, 1)]
+    return [mean, var, y, *ops.batch_norm_grad_coefficients(y, x, mean, var, mask=mask, act=1)]
 
 
 def winograd(x):

@@ -74,10 +74,13 @@ def check(gpu, shape, act, dtype, residual=False):
 
     gated = expected.gated(g)
     mean = torch.randn(shape[1])
-    first, second = gpu.ops.batch_norm_grad_sums(gpu(g), on[0], gpu(mean), **saved)
+    ones = torch.ones(shape[1])
+    *_, first, second = gpu.ops.batch_norm_grad_coefficients(
+        gpu(g), on[0], gpu(mean), gpu(ones), **saved
+    )
     deviation = expected.x - along_channels(mean, x)
     for actual, terms in ((first, gated), (second, gated * deviation)):
-        assert actual.dtype == torch.float64
+        assert actual.dtype == torch.float32
         error = (actual.cpu() - rows_of(terms).sum(0)).abs()
         assert (error <= 2e-6 * rows_of(terms).abs().sum(0) + 1e-6).all()
 
@@ -134,8 +137,9 @@ def test_whole_step_is_stock(gpu, act, dtype):
     y = y if act == NONE else F.max_pool2d(y.relu(), 2) if act == POOL else y.relu()
     g = torch.where(y.detach() < 1e-2, 0, g)  # near zero roundings decide whether ReLU passes
     ops, on = gpu.ops, gpu(x)
-    mean, var = ops.batch_norm_stats(on)
-    scale, shift, invstd = ops.batch_norm_scale_shift(mean, var, gpu(weight), gpu(bias), EPS)
+    mean, scale, shift, invstd = ops.batch_norm_train(
+        on, gpu(weight), gpu(bias), None, None, 0.1, EPS
+    )
     output, mask = ops.batch_norm_apply(on, scale, shift, None, *ARGUMENTS[act])
     near(output, y.detach(), 2)
     mask = None if act == NONE else mask
@@ -143,9 +147,8 @@ def test_whole_step_is_stock(gpu, act, dtype):
         return  # values that differ may tie once rounded: the gradient goes elsewhere
     y.backward(g.double())
     behind = dict(zip(("act", "slope", "pool"), ARGUMENTS[act], strict=False))
-    sums = ops.batch_norm_grad_sums(gpu(dense(g)), on, mean, mask, **behind)
     *abc, grad_bias, grad_weight = ops.batch_norm_grad_coefficients(
-        *sums, mean, invstd, gpu(weight), x.numel() // 24
+        gpu(dense(g)), on, mean, invstd, gpu(weight), mask, **behind
     )
     grad_input, _ = ops.batch_norm_grad_input(gpu(dense(g)), on, *abc, mask, **behind)
     near(grad_input, leaves[0].grad, 2)
@@ -197,11 +200,41 @@ def test_running_statistics_are_stock(gpu, momentum):
     running = [torch.randn(13), torch.rand(13)]
     expected = [t.clone() for t in running]
     F.batch_norm(x, *expected, training=True, momentum=momentum)
-    mean, var = gpu.ops.batch_norm_stats(gpu(x))
     running = [gpu(t) for t in running]
-    gpu.ops.batch_norm_update_running(*running, mean, var, momentum, 100)
+    gpu.ops.batch_norm_train(gpu(x), None, None, *running, momentum, EPS)
     for actual, value in zip(running, expected, strict=True):
         torch.testing.assert_close(actual.cpu(), value, rtol=5e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("offset", [None, torch.arange(13.0)], ids=["whole", "short"])
+def test_all_of_a_training_step_in_one(gpu, offset, tracked):
+    x, ops = gpu(dense(torch.randn(4, 13, 5, 5) * 3 + 2)), gpu.ops
+    weight, bias = gpu(torch.rand(13)), gpu(torch.randn(13))
+    running = [gpu(torch.randn(13)), gpu(torch.rand(13))]
+    before = [t.clone() for t in running]
+    offset = None if offset is None else gpu(offset)
+    mean, var = ops.batch_norm_stats(x)
+    given = running if tracked else [None, None]
+    actual = ops.batch_norm_train(x, weight, bias, *given, 0.1, EPS, offset)
+    expected = mean, *ops.batch_norm_scale_shift(mean, var, weight, bias, EPS)
+    for one, other in zip(actual, expected, strict=True):
+        same(one, other)
+    if not tracked:
+        assert all(map(torch.equal, running, before))
+        return
+    seen = mean if offset is None else mean + offset
+    near(running[0], (0.9 * before[0] + 0.1 * seen).cpu())
+    near(running[1], (0.9 * before[1] + 0.1 * var * 100 / 99).cpu())
+
+
+def test_an_offset_that_is_not_finite_spoils_its_channel(gpu):
+    offset = gpu(torch.tensor([0.0, float("inf"), float("nan"), 1.0]))
+    _, scale, shift, _ = gpu.ops.batch_norm_train(
+        gpu(torch.randn(8, 4)), None, None, None, None, 0.1, EPS, offset
+    )
+    assert shift.isnan().tolist() == [False, True, True, False]
+    assert not scale.isnan().any()
 
 
 @each_dtype
@@ -216,11 +249,11 @@ def test_sums_repeat_and_do_not_depend_on_alignment(gpu, act, dtype):
     moved = torch.empty(x.numel() + 1, dtype=dtype, device=x.device)[1:]
     moved = moved.as_strided(x.shape, x.stride(), 1).copy_(x)
     mean, var = gpu.ops.batch_norm_stats(x)
-    sums = gpu.ops.batch_norm_grad_sums(g, x, mean, **saved)
+    sums = gpu.ops.batch_norm_grad_coefficients(g, x, mean, var, **saved)
     for again in (x, moved):
         results = (
             *gpu.ops.batch_norm_stats(again),
-            *gpu.ops.batch_norm_grad_sums(g, again, mean, **saved),
+            *gpu.ops.batch_norm_grad_coefficients(g, again, mean, var, **saved),
         )
         for result, first in zip(results, (mean, var, *sums), strict=True):
             same(result, first)
@@ -233,12 +266,18 @@ def test_empty_batch_gives_empty_tensors(gpu, dtype):
     pool = ARGUMENTS[POOL]
     output, mask = gpu.ops.batch_norm_apply(x, scale, scale, None, *pool)
     assert output.shape == (0, 8, 2, 2)
-    sums = gpu.ops.batch_norm_grad_sums(output, x, scale, mask, None, None, *pool)
-    assert all(torch.equal(s.cpu(), torch.zeros(8, dtype=torch.float64)) for s in sums)
+    *_, grad_bias, grad_weight = gpu.ops.batch_norm_grad_coefficients(
+        output, x, scale, scale, None, mask, None, None, *pool
+    )
+    assert not grad_bias.any()
+    assert not grad_weight.any()
     grad_input, _ = gpu.ops.batch_norm_grad_input(
         output, x, scale, scale, scale, mask, None, None, *pool
     )
     assert grad_input.shape == x.shape
+    running = gpu(torch.zeros(8)), gpu(torch.ones(8))
+    assert gpu.ops.batch_norm_train(x, None, None, *running, 0.1, EPS)[1].isnan().all()
+    assert running[0].tolist() == [0.0] * 8
 
 
 def test_bad_arguments_are_named(gpu):
@@ -255,8 +294,14 @@ def test_bad_arguments_are_named(gpu):
     with pytest.raises(ValueError, match="residual must be Float"):
         ops.batch_norm_apply(x, scale, scale, x.half(), 1)
     with pytest.raises(ValueError, match="mask, or scale and shift, must be given"):
-        ops.batch_norm_grad_sums(x, x, scale, act=1)
+        ops.batch_norm_grad_coefficients(x, x, scale, scale, act=1)
     with pytest.raises(ValueError, match="mask must be given for pool"):
-        ops.batch_norm_grad_sums(x, x, scale, None, None, None, *ARGUMENTS[POOL])
+        ops.batch_norm_grad_coefficients(
+            x, x, scale, scale, None, None, None, None, *ARGUMENTS[POOL]
+        )
     with pytest.raises(ValueError, match="mask must be given for ReLU or a pool only"):
-        ops.batch_norm_grad_sums(x, x, scale, torch.zeros(32, 1, dtype=torch.uint8))
+        ops.batch_norm_grad_coefficients(
+            x, x, scale, scale, None, torch.zeros(32, 1, dtype=torch.uint8)
+        )
+    with pytest.raises(ValueError, match="running_mean and running_var must be given together"):
+        ops.batch_norm_train(x, None, None, scale, None, 0.1, EPS)

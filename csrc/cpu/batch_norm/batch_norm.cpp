@@ -1,10 +1,14 @@
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "cpu/activation/gradient.h"
 #include "cpu/batch_norm/kernels.h"
@@ -89,6 +93,22 @@ void batch_norm_update_running(at::Tensor running_mean, at::Tensor running_var,
     running_var_data[c] = static_cast<float>((1 - momentum) * running_var_data[c] +
                                              momentum * (data(v)[c] * unbiased));
   }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum,
+    double eps, const OptionalTensor& offset) {
+  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
+                    "running_mean and running_var must be given together");
+  auto [mean, var] = batch_norm_stats(input);
+  if (running_mean && input.numel()) {
+    batch_norm_update_running(*running_mean, *running_var, offset ? at::add(mean, *offset) : mean,
+                              var, momentum, input.numel() / mean.numel());
+  }
+  if (offset) mean = at::add(mean, *offset, 0);  // what is not finite makes all behind it NaN
+  auto [scale, shift, invstd] = batch_norm_scale_shift(mean, var, weight, bias, eps);
+  return {mean, scale, shift, invstd};
 }
 
 template <class T>
@@ -195,56 +215,59 @@ struct Backward {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
-    const OptionalTensor& mask, const OptionalTensor& scale, const OptionalTensor& shift,
-    int64_t act, double slope, at::IntArrayRef pool) {
-  return for_type(input, "input", [&](auto element) -> std::tuple<at::Tensor, at::Tensor> {
-    using T = decltype(element);
-    const Backward<T> backward(grad_output, input, mask, scale, shift, act, slope, pool);
-    const Rows shape(backward.grad);
-    const int64_t channels = shape.channels;
-    const at::Tensor m = per_channel(mean, "mean", channels);
-    const at::Tensor sums = sum_over_rows(
-        shape.rows, channels, 2 * channels, [&](int64_t begin, int64_t end, double* sum) {
-          if (backward.passed) {
-            WUS_DISPATCH(activation_kernels<T>())
-                .grad_sums(backward.passed->op, data(m), begin, end, sum, nullptr);
-          } else {
-            WUS_DISPATCH(batch_norm_kernels<T>())
-                .pool_grad_sums(backward.pooled, data(m), begin, end, sum);
-          }
-        });
-    return {sums.narrow(0, 0, channels).clone(), sums.narrow(0, channels, channels).clone()};
-  });
+// The sums of the gradient g that passes the activation and of g * (x - mean): float64
+// [2 * channels].
+template <class T>
+at::Tensor grad_sums(const Backward<T>& backward, const at::Tensor& mean) {
+  const Rows shape(backward.grad);
+  return sum_over_rows(
+      shape.rows, shape.channels, 2 * shape.channels, [&](int64_t begin, int64_t end, double* sum) {
+        if (backward.passed) {
+          WUS_DISPATCH(activation_kernels<T>())
+              .grad_sums(backward.passed->op, data(mean), begin, end, sum, nullptr);
+        } else {
+          WUS_DISPATCH(batch_norm_kernels<T>())
+              .pool_grad_sums(backward.pooled, data(mean), begin, end, sum);
+        }
+      });
 }
 
 // d loss / d x = gamma * invstd * (g - mean(g) - xhat * mean(g * xhat)) as a * g + b * x + c0.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_grad_coefficients(
-    const at::Tensor& sum_grad, const at::Tensor& sum_grad_xmu, const at::Tensor& mean,
-    const at::Tensor& invstd, const OptionalTensor& weight, int64_t count) {
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
+    const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& mask,
+    const OptionalTensor& scale, const OptionalTensor& shift, int64_t act, double slope,
+    at::IntArrayRef pool) {
   const int64_t channels = mean.numel();
-  const at::Tensor sg = per_channel(sum_grad, "sum_grad", channels, at::kDouble);
-  const at::Tensor sgx = per_channel(sum_grad_xmu, "sum_grad_xmu", channels, at::kDouble);
   const at::Tensor m = per_channel(mean, "mean", channels);
   const at::Tensor inverse = per_channel(invstd, "invstd", channels);
   const at::Tensor gamma = per_channel(weight, "weight", channels);
-  const double *sum = sg.const_data_ptr<double>(), *sum_xmu = sgx.const_data_ptr<double>();
-  at::Tensor result = at::empty({5, channels}, m.options());
-  float* out = result.data_ptr<float>();
+  const auto [sums, rows] = for_type(input, "input", [&](auto element) {
+    const Backward<decltype(element)> backward(grad_output, input, mask, scale, shift, act, slope,
+                                               pool);
+    const Rows shape(backward.x);
+    TORCH_CHECK_VALUE(shape.channels == channels, "mean must be a Float tensor of size [",
+                      shape.channels, "], got size ", mean.sizes());
+    return std::pair(grad_sums(backward, m), shape.rows);
+  });
+  const double *sum = sums.template const_data_ptr<double>(), *sum_xmu = sum + channels;
+  const double count = static_cast<double>(std::max<int64_t>(rows, 1));
+  std::array<at::Tensor, 5> made;
+  for (at::Tensor& tensor : made) tensor = at::empty_like(m);
+  float *a_data = made[0].data_ptr<float>(), *b_data = made[1].data_ptr<float>(),
+        *c_data = made[2].data_ptr<float>(), *grad_bias = made[3].data_ptr<float>(),
+        *grad_weight = made[4].data_ptr<float>();
   for (int64_t c = 0; c < channels; ++c) {
     const double invstd_c = data(inverse)[c];
     const double a = gamma.defined() ? data(gamma)[c] * invstd_c : invstd_c;
-    const double b = -a * invstd_c * invstd_c * sum_xmu[c] / static_cast<double>(count);
-    out[c] = static_cast<float>(a);
-    out[channels + c] = static_cast<float>(b);
-    out[2 * channels + c] =
-        static_cast<float>(-a * sum[c] / static_cast<double>(count) - b * data(m)[c]);
-    out[3 * channels + c] = static_cast<float>(sum[c]);
-    out[4 * channels + c] = static_cast<float>(sum_xmu[c] * invstd_c);
+    const double b = -a * invstd_c * invstd_c * sum_xmu[c] / count;
+    a_data[c] = static_cast<float>(a);
+    b_data[c] = static_cast<float>(b);
+    c_data[c] = static_cast<float>(-a * sum[c] / count - b * data(m)[c]);
+    grad_bias[c] = static_cast<float>(sum[c]);
+    grad_weight[c] = static_cast<float>(sum_xmu[c] * invstd_c);
   }
-  return {result[0].clone(), result[1].clone(), result[2].clone(), result[3].clone(),
-          result[4].clone()};
+  return {made[0], made[1], made[2], made[3], made[4]};
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_grad_input(
@@ -287,8 +310,8 @@ TORCH_LIBRARY_IMPL(wus, CPU, m) {
   m.impl("batch_norm_stats", &batch_norm_stats);
   m.impl("batch_norm_scale_shift", &batch_norm_scale_shift);
   m.impl("batch_norm_update_running", &batch_norm_update_running);
+  m.impl("batch_norm_train", &batch_norm_train);
   m.impl("batch_norm_apply", &batch_norm_apply);
-  m.impl("batch_norm_grad_sums", &batch_norm_grad_sums);
   m.impl("batch_norm_grad_coefficients", &batch_norm_grad_coefficients);
   m.impl("batch_norm_grad_input", &batch_norm_grad_input);
 }

@@ -2,9 +2,10 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -53,25 +54,71 @@ void check_like(const at::Tensor& t, const char* name, const at::Tensor& input) 
 
 int64_t extent(const at::Tensor& x, int64_t dim) { return x.dim() == 4 ? x.size(dim) : 1; }
 
+// Statistics of rows, and what is made of them.
+void run_stats(const at::Tensor& x, const NormStats& out) {
+  const Rows shape(x);
+  at::Tensor partial =
+      at::empty({norm_partial_sums(shape.rows, shape.channels)}, x.options().dtype(at::kDouble));
+  WUS_DISPATCH_DTYPE(x.scalar_type(), "batch_norm_stats", [&] {
+    norm_stats(x.const_data_ptr<scalar_t>(), partial.data_ptr<double>(), out, shape.rows,
+               shape.channels, c10::cuda::getCurrentCUDAStream());
+  });
+}
+
 std::tuple<at::Tensor, at::Tensor> batch_norm_stats(const at::Tensor& input) {
   check_float(input, "input");
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor x = as_rows(input, "input");
-  const Rows shape(x);
+  const int64_t channels = Rows(x).channels;
   const auto floats = x.options().dtype(at::kFloat);
   if (x.numel() == 0) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    return {at::full({shape.channels}, nan, floats), at::full({shape.channels}, nan, floats)};
+    return {at::full({channels}, nan, floats), at::full({channels}, nan, floats)};
   }
-  at::Tensor mean = at::empty({shape.channels}, floats), var = at::empty_like(mean);
-  at::Tensor partial =
-      at::empty({norm_partial_sums(shape.rows, shape.channels)}, floats.dtype(at::kDouble));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  WUS_DISPATCH_DTYPE(x.scalar_type(), "batch_norm_stats", [&] {
-    norm_stats(x.const_data_ptr<scalar_t>(), partial.data_ptr<double>(), mean.data_ptr<float>(),
-               var.data_ptr<float>(), shape.rows, shape.channels, stream);
-  });
+  at::Tensor mean = at::empty({channels}, floats), var = at::empty_like(mean);
+  run_stats(x, {.mean = mean.data_ptr<float>(), .var = var.data_ptr<float>()});
   return {mean, var};
+}
+
+float* running(const OptionalTensor& t, const char* name, int64_t channels,
+               const at::Device& device) {
+  if (!t) return nullptr;
+  per_channel(*t, name, channels, device);
+  TORCH_CHECK_VALUE(t->is_contiguous(), name, " must be contiguous");
+  return t->data_ptr<float>();
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum,
+    double eps, const OptionalTensor& offset) {
+  check_float(input, "input");
+  const at::Device device = input.device();
+  const c10::cuda::CUDAGuard guard(device);
+  const at::Tensor x = as_rows(input, "input");
+  TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
+                    "running_mean and running_var must be given together");
+  const int64_t channels = Rows(x).channels;
+  const at::Tensor gamma = per_channel(weight, "weight", channels, device),
+                   beta = per_channel(bias, "bias", channels, device),
+                   short_of = per_channel(offset, "offset", channels, device);
+  at::Tensor mean = at::empty({channels}, x.options().dtype(at::kFloat));
+  at::Tensor scale = at::empty_like(mean), shift = at::empty_like(mean),
+             invstd = at::empty_like(mean);
+  if (x.numel() == 0) {
+    for (const at::Tensor& made : {mean, scale, shift, invstd})
+      made.fill_(std::numeric_limits<double>::quiet_NaN());
+    return {mean, scale, shift, invstd};
+  }
+  run_stats(x, {.mean = mean.data_ptr<float>(),
+                .var = nullptr,
+                .affine = {data(gamma), data(beta), eps, scale.data_ptr<float>(),
+                           shift.data_ptr<float>(), invstd.data_ptr<float>()},
+                .offset = data(short_of),
+                .running_mean = running(running_mean, "running_mean", channels, device),
+                .running_var = running(running_var, "running_var", channels, device),
+                .momentum = momentum});
+  return {mean, scale, shift, invstd};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_scale_shift(const at::Tensor& mean,
@@ -88,29 +135,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_scale_shift(const at::
   const at::Tensor beta = per_channel(bias, "bias", channels, device);
   at::Tensor scale = at::empty_like(m), shift = at::empty_like(m), invstd = at::empty_like(m);
   if (channels) {
-    norm_scale_shift(data(m), data(v), data(gamma), data(beta), eps, scale.data_ptr<float>(),
-                     shift.data_ptr<float>(), invstd.data_ptr<float>(), channels,
-                     c10::cuda::getCurrentCUDAStream());
+    norm_scale_shift(data(m), data(v),
+                     {data(gamma), data(beta), eps, scale.data_ptr<float>(),
+                      shift.data_ptr<float>(), invstd.data_ptr<float>()},
+                     channels, c10::cuda::getCurrentCUDAStream());
   }
   return {scale, shift, invstd};
-}
-
-void batch_norm_update_running(at::Tensor running_mean, at::Tensor running_var,
-                               const at::Tensor& mean, const at::Tensor& var, double momentum,
-                               int64_t count) {
-  const c10::cuda::CUDAGuard guard(mean.device());
-  const int64_t channels = mean.numel();
-  const at::Tensor m = per_channel(mean, "mean", channels, mean.device());
-  const at::Tensor v = per_channel(var, "var", channels, mean.device());
-  for (const auto& [running, name] :
-       {std::pair(running_mean, "running_mean"), std::pair(running_var, "running_var")}) {
-    per_channel(running, name, channels, mean.device());
-    TORCH_CHECK_VALUE(running.is_contiguous(), name, " must be contiguous");
-  }
-  if (channels == 0) return;
-  const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
-  norm_update_running(running_mean.data_ptr<float>(), running_var.data_ptr<float>(), data(m),
-                      data(v), momentum, unbiased, channels, c10::cuda::getCurrentCUDAStream());
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_apply(const at::Tensor& input,
@@ -212,49 +242,34 @@ struct Backward {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_grad_sums(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_grad_coefficients(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mean,
-    const OptionalTensor& mask, const OptionalTensor& scale, const OptionalTensor& shift,
-    int64_t act, double /*slope*/, at::IntArrayRef pool) {
+    const at::Tensor& invstd, const OptionalTensor& weight, const OptionalTensor& mask,
+    const OptionalTensor& scale, const OptionalTensor& shift, int64_t act, double /*slope*/,
+    at::IntArrayRef pool) {
   const c10::cuda::CUDAGuard guard(input.device());
   const Backward backward(grad_output, input, mask, scale, shift, act, pool);
   const int64_t channels = backward.channels;
-  const at::Tensor m = per_channel(mean, "mean", channels, input.device());
-  const auto doubles = m.options().dtype(at::kDouble);
-  if (backward.grad.numel() == 0) {
-    return {at::zeros({channels}, doubles), at::zeros({channels}, doubles)};
-  }
-  at::Tensor sum = at::empty({channels}, doubles), sum_xmu = at::empty({channels}, doubles);
-  at::Tensor partial = at::empty({norm_partial_sums(Rows(backward.grad).rows, channels)}, doubles);
-  WUS_DISPATCH_DTYPE(backward.x.scalar_type(), "batch_norm_grad_sums", [&] {
-    norm_grad_sums(backward.op<scalar_t>(), data(m), partial.data_ptr<double>(),
-                   sum.data_ptr<double>(), sum_xmu.data_ptr<double>(),
-                   c10::cuda::getCurrentCUDAStream());
+  const at::Device device = input.device();
+  const at::Tensor m = per_channel(mean, "mean", channels, device),
+                   inverse = per_channel(invstd, "invstd", channels, device),
+                   gamma = per_channel(weight, "weight", channels, device);
+  std::array<at::Tensor, 5> made;
+  const bool empty = backward.grad.numel() == 0;
+  for (at::Tensor& tensor : made) tensor = empty ? at::zeros_like(m) : at::empty_like(m);
+  if (empty) return {made[0], made[1], made[2], made[3], made[4]};
+  const int64_t rows = Rows(backward.grad).rows;
+  at::Tensor partial =
+      at::empty({norm_partial_sums(rows, channels)}, m.options().dtype(at::kDouble));
+  WUS_DISPATCH_DTYPE(backward.x.scalar_type(), "batch_norm_grad_coefficients", [&] {
+    norm_grad_coefficients(
+        backward.op<scalar_t>(), data(m), data(inverse), data(gamma),
+        static_cast<double>(Rows(backward.x).rows), partial.data_ptr<double>(),
+        {made[0].data_ptr<float>(), made[1].data_ptr<float>(), made[2].data_ptr<float>(),
+         made[3].data_ptr<float>(), made[4].data_ptr<float>()},
+        c10::cuda::getCurrentCUDAStream());
   });
-  return {sum, sum_xmu};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_grad_coefficients(
-    const at::Tensor& sum_grad, const at::Tensor& sum_grad_xmu, const at::Tensor& mean,
-    const at::Tensor& invstd, const OptionalTensor& weight, int64_t count) {
-  const c10::cuda::CUDAGuard guard(mean.device());
-  const at::Device device = mean.device();
-  const int64_t channels = mean.numel();
-  const at::Tensor sg = per_channel(sum_grad, "sum_grad", channels, device, at::kDouble);
-  const at::Tensor sgx = per_channel(sum_grad_xmu, "sum_grad_xmu", channels, device, at::kDouble);
-  const at::Tensor m = per_channel(mean, "mean", channels, device);
-  const at::Tensor inverse = per_channel(invstd, "invstd", channels, device);
-  const at::Tensor gamma = per_channel(weight, "weight", channels, device);
-  at::Tensor a = at::empty_like(m), b = at::empty_like(m), c0 = at::empty_like(m),
-             grad_bias = at::empty_like(m), grad_weight = at::empty_like(m);
-  if (channels) {
-    norm_grad_coefficients(sg.const_data_ptr<double>(), sgx.const_data_ptr<double>(), data(m),
-                           data(inverse), data(gamma), static_cast<double>(count),
-                           {a.data_ptr<float>(), b.data_ptr<float>(), c0.data_ptr<float>(),
-                            grad_bias.data_ptr<float>(), grad_weight.data_ptr<float>()},
-                           channels, c10::cuda::getCurrentCUDAStream());
-  }
-  return {a, b, c0, grad_bias, grad_weight};
+  return {made[0], made[1], made[2], made[3], made[4]};
 }
 
 std::tuple<at::Tensor, at::Tensor> batch_norm_grad_input(
@@ -287,9 +302,8 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_grad_input(
 TORCH_LIBRARY_IMPL(wus, CUDA, m) {
   m.impl("batch_norm_stats", &batch_norm_stats);
   m.impl("batch_norm_scale_shift", &batch_norm_scale_shift);
-  m.impl("batch_norm_update_running", &batch_norm_update_running);
+  m.impl("batch_norm_train", &batch_norm_train);
   m.impl("batch_norm_apply", &batch_norm_apply);
-  m.impl("batch_norm_grad_sums", &batch_norm_grad_sums);
   m.impl("batch_norm_grad_coefficients", &batch_norm_grad_coefficients);
   m.impl("batch_norm_grad_input", &batch_norm_grad_input);
 }

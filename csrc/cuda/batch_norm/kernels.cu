@@ -6,24 +6,55 @@
 namespace wus::cuda {
 namespace {
 
+// Null pointers stand for a weight of 1 and a bias of 0.
+__device__ __forceinline__ void store_affine(int64_t c, float mean, float var,
+                                             const NormAffine& affine) {
+  const double inverse = 1 / sqrt(var + affine.eps);
+  const double s = affine.weight ? inverse * affine.weight[c] : inverse;
+  affine.invstd[c] = static_cast<float>(inverse);
+  affine.scale[c] = static_cast<float>(s);
+  affine.shift[c] = static_cast<float>((affine.bias ? affine.bias[c] : 0.0) - mean * s);
+}
+
 struct StoreStats {
   double count;
-  float *mean, *var;
+  NormStats out;
 
   __device__ void operator()(int64_t c, const double (&sums)[2]) const {
     const double m = sums[0] / count;
     const double v = sums[1] / count - m * m;
-    mean[c] = static_cast<float>(m);
-    var[c] = static_cast<float>(v < 0 ? 0 : v);  // NaN stays NaN
+    float mean = static_cast<float>(m);
+    const float var = static_cast<float>(v < 0 ? 0 : v);  // NaN stays NaN
+    if (out.running_mean) {
+      const float seen = out.offset ? mean + out.offset[c] : mean;
+      const double keep = 1 - out.momentum, unbiased = count / (count - 1);
+      out.running_mean[c] = static_cast<float>(keep * out.running_mean[c] + out.momentum * seen);
+      out.running_var[c] =
+          static_cast<float>(keep * out.running_var[c] + out.momentum * (var * unbiased));
+    }
+    if (out.offset) mean += 0 * out.offset[c];  // what is not finite makes all behind it NaN
+    out.mean[c] = mean;
+    if (out.var) out.var[c] = var;
+    if (out.affine.scale) store_affine(c, mean, var, out.affine);
   }
 };
 
-struct StoreTwo {
-  double *first, *second;
+// d loss / d x = gamma * invstd * (g - mean(g) - xhat * mean(g * xhat)) as a * g + b * x + c0, from
+// the sums of g and of g * (x - mean).
+struct StoreCoefficients {
+  double count;
+  const float *mean, *invstd, *weight;
+  NormCoefficients out;
 
   __device__ void operator()(int64_t c, const double (&sums)[2]) const {
-    first[c] = sums[0];
-    second[c] = sums[1];
+    const double inverse = invstd[c];
+    const double a = weight ? weight[c] * inverse : inverse;
+    const double b = -a * inverse * inverse * sums[1] / count;
+    out.a[c] = static_cast<float>(a);
+    out.b[c] = static_cast<float>(b);
+    out.c0[c] = static_cast<float>(-a * sums[0] / count - b * mean[c]);
+    out.grad_bias[c] = static_cast<float>(sums[0]);
+    out.grad_weight[c] = static_cast<float>(sums[1] * inverse);
   }
 };
 
@@ -226,46 +257,10 @@ void with_gate(const NormGrad<T>& op, Run run) {
   }
 }
 
-__device__ __forceinline__ int64_t own_channel() {
-  return int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-}
-
-__global__ void scale_shift_kernel(const float* mean, const float* var, const float* weight,
-                                   const float* bias, double eps, float* scale, float* shift,
-                                   float* invstd, int64_t channels) {
-  const int64_t c = own_channel();
-  if (c >= channels) return;
-  const double inverse = 1 / sqrt(var[c] + eps);
-  const double s = weight ? inverse * weight[c] : inverse;
-  invstd[c] = static_cast<float>(inverse);
-  scale[c] = static_cast<float>(s);
-  shift[c] = static_cast<float>((bias ? bias[c] : 0.0) - mean[c] * s);
-}
-
-__global__ void update_running_kernel(float* running_mean, float* running_var, const float* mean,
-                                      const float* var, double momentum, double unbiased,
-                                      int64_t channels) {
-  const int64_t c = own_channel();
-  if (c >= channels) return;
-  running_mean[c] = static_cast<float>((1 - momentum) * running_mean[c] + momentum * mean[c]);
-  running_var[c] =
-      static_cast<float>((1 - momentum) * running_var[c] + momentum * (var[c] * unbiased));
-}
-
-// d loss / d x = gamma * invstd * (g - mean(g) - xhat * mean(g * xhat)) as a * g + b * x + c0.
-__global__ void coefficients_kernel(const double* sum_grad, const double* sum_grad_xmu,
-                                    const float* mean, const float* invstd, const float* weight,
-                                    double count, NormCoefficients out, int64_t channels) {
-  const int64_t c = own_channel();
-  if (c >= channels) return;
-  const double inverse = invstd[c];
-  const double a = weight ? weight[c] * inverse : inverse;
-  const double b = -a * inverse * inverse * sum_grad_xmu[c] / count;
-  out.a[c] = static_cast<float>(a);
-  out.b[c] = static_cast<float>(b);
-  out.c0[c] = static_cast<float>(-a * sum_grad[c] / count - b * mean[c]);
-  out.grad_bias[c] = static_cast<float>(sum_grad[c]);
-  out.grad_weight[c] = static_cast<float>(sum_grad_xmu[c] * inverse);
+__global__ void scale_shift_kernel(const float* mean, const float* var, NormAffine affine,
+                                   int64_t channels) {
+  const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (c < channels) store_affine(c, mean[c], var[c], affine);
 }
 
 constexpr int kChannelThreads = 128;
@@ -281,7 +276,7 @@ int64_t norm_partial_sums(int64_t rows, int64_t channels) {
 }
 
 template <class T>
-void norm_stats(const T* input, double* partial, float* mean, float* var, int64_t rows,
+void norm_stats(const T* input, double* partial, const NormStats& out, int64_t rows,
                 int64_t channels, cudaStream_t stream) {
   const Cover c = sum_cover(rows, channels);
   with_vector(
@@ -290,13 +285,14 @@ void norm_stats(const T* input, double* partial, float* mean, float* var, int64_
                channels);
       },
       channels, input);
-  const StoreStats store = {static_cast<double>(rows), mean, var};
+  const StoreStats store = {static_cast<double>(rows), out};
   add_partials<2>(partial, c.grid.y, channels, store, stream);
 }
 
 template <class T>
-void norm_grad_sums(const NormGrad<T>& op, const float* mean, double* partial, double* sum_grad,
-                    double* sum_grad_xmu, cudaStream_t stream) {
+void norm_grad_coefficients(const NormGrad<T>& op, const float* mean, const float* invstd,
+                            const float* weight, double count, double* partial,
+                            const NormCoefficients& out, cudaStream_t stream) {
   const Cover c = sum_cover(op.rows, op.channels);
   with_vector(
       [&](auto vector) {
@@ -307,7 +303,8 @@ void norm_grad_sums(const NormGrad<T>& op, const float* mean, double* partial, d
       },
       op.channels, op.grad, op.x, op.pooled ? op.mask : nullptr, op.affine.scale, op.affine.shift,
       mean);
-  add_partials<2>(partial, c.grid.y, op.channels, StoreTwo{sum_grad, sum_grad_xmu}, stream);
+  add_partials<2>(partial, c.grid.y, op.channels,
+                  StoreCoefficients{count, mean, invstd, weight, out}, stream);
 }
 
 template <class T>
@@ -325,31 +322,17 @@ void norm_grad_input(const NormGrad<T>& op, const float* a, const float* b, cons
       a, b, c0, grad_input, grad_residual);
 }
 
-void norm_scale_shift(const float* mean, const float* var, const float* weight, const float* bias,
-                      double eps, float* scale, float* shift, float* invstd, int64_t channels,
-                      cudaStream_t stream) {
+void norm_scale_shift(const float* mean, const float* var, const NormAffine& affine,
+                      int64_t channels, cudaStream_t stream) {
   launch(scale_shift_kernel, channel_grid(channels), dim3(kChannelThreads), stream, mean, var,
-         weight, bias, eps, scale, shift, invstd, channels);
-}
-
-void norm_update_running(float* running_mean, float* running_var, const float* mean,
-                         const float* var, double momentum, double unbiased, int64_t channels,
-                         cudaStream_t stream) {
-  launch(update_running_kernel, channel_grid(channels), dim3(kChannelThreads), stream, running_mean,
-         running_var, mean, var, momentum, unbiased, channels);
-}
-
-void norm_grad_coefficients(const double* sum_grad, const double* sum_grad_xmu, const float* mean,
-                            const float* invstd, const float* weight, double count,
-                            NormCoefficients out, int64_t channels, cudaStream_t stream) {
-  launch(coefficients_kernel, channel_grid(channels), dim3(kChannelThreads), stream, sum_grad,
-         sum_grad_xmu, mean, invstd, weight, count, out, channels);
+         affine, channels);
 }
 
 #define WUS_INSTANTIATE(T)                                                                        \
-  template void norm_stats(const T*, double*, float*, float*, int64_t, int64_t, cudaStream_t);    \
-  template void norm_grad_sums(const NormGrad<T>&, const float*, double*, double*, double*,       \
-                               cudaStream_t);                                                     \
+  template void norm_stats(const T*, double*, const NormStats&, int64_t, int64_t, cudaStream_t);  \
+  template void norm_grad_coefficients(const NormGrad<T>&, const float*, const float*,            \
+                                       const float*, double, double*, const NormCoefficients&,    \
+                                       cudaStream_t);                                             \
   template void norm_grad_input(const NormGrad<T>&, const float*, const float*, const float*, T*, \
                                 T*, cudaStream_t);
 

@@ -13,8 +13,25 @@ namespace wus::cuda {
 
 int64_t norm_partial_sums(int64_t rows, int64_t channels);
 
+// What normalises: scale * x + shift, with 1 / the standard deviation. Null pointers stand for a
+// weight of 1 and a bias of 0.
+struct NormAffine {
+  const float *weight, *bias;
+  double eps;
+  float *scale, *shift, *invstd;
+};
+
+// Of a batch. Null pointers: not wanted.
+struct NormStats {
+  float *mean, *var;
+  NormAffine affine;
+  const float* offset;  // what the rows are short of: a bias
+  float *running_mean, *running_var;
+  double momentum;
+};
+
 template <class T>
-void norm_stats(const T* input, double* partial, float* mean, float* var, int64_t rows,
+void norm_stats(const T* input, double* partial, const NormStats& out, int64_t rows,
                 int64_t channels, cudaStream_t stream);
 
 template <class T>
@@ -28,28 +45,23 @@ struct NormGrad {
   bool relu, pooled;
 };
 
-// With g the gradient that passes the activation: the sums of g and of g * (x - mean).
+struct NormCoefficients {
+  float *a, *b, *c0, *grad_bias, *grad_weight;
+};
+
+// The gradient of x as a * g + b * x + c0, with g the gradient that passes the activation, and
+// those of weight and bias. count: rows of x.
 template <class T>
-void norm_grad_sums(const NormGrad<T>& op, const float* mean, double* partial, double* sum_grad,
-                    double* sum_grad_xmu, cudaStream_t stream);
+void norm_grad_coefficients(const NormGrad<T>& op, const float* mean, const float* invstd,
+                            const float* weight, double count, double* partial,
+                            const NormCoefficients& out, cudaStream_t stream);
 
 // grad_input = a * g + b * x + c0; grad_residual = g unless it is null.
 template <class T>
 void norm_grad_input(const NormGrad<T>& op, const float* a, const float* b, const float* c0,
                      T* grad_input, T* grad_residual, cudaStream_t stream);
 
-// Of each channel: null pointers stand for a weight of 1 and a bias of 0.
-void norm_scale_shift(const float* mean, const float* var, const float* weight, const float* bias,
-                      double eps, float* scale, float* shift, float* invstd, int64_t channels,
-                      cudaStream_t stream);
-void norm_update_running(float* running_mean, float* running_var, const float* mean,
-                         const float* var, double momentum, double unbiased, int64_t channels,
-                         cudaStream_t stream);
-struct NormCoefficients {
-  float *a, *b, *c0, *grad_bias, *grad_weight;
-};
-void norm_grad_coefficients(const double* sum_grad, const double* sum_grad_xmu, const float* mean,
-                            const float* invstd, const float* weight, double count,
-                            NormCoefficients out, int64_t channels, cudaStream_t stream);
+void norm_scale_shift(const float* mean, const float* var, const NormAffine& affine,
+                      int64_t channels, cudaStream_t stream);
 
 }  // namespace wus::cuda
