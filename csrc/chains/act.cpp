@@ -34,8 +34,8 @@ Output masked(const Kernels& kernels, const Tensor& grad, const Tensor& saved, c
 Tensor dense(const Tensor& image) {
   constexpr c10::DispatchKeySet kBatched(
       {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
-  return image.key_set().has_any(kBatched) ? image.contiguous()
-                                           : image.contiguous(at::MemoryFormat::ChannelsLast);
+  const bool plain = image.dim() != 4 || image.key_set().has_any(kBatched);
+  return image.contiguous(plain ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
 }
 
 Tensor single(const Tensor& tensor) {

@@ -35,8 +35,8 @@ Output activate(const Kernels& kernels, const Tensor& input, const Act& act, boo
 Output masked(const Kernels& kernels, const Tensor& grad, const Tensor& saved, const Act& act,
               const Size& size, bool need_grad, bool need_bias);
 
-// An image, or its gradient, in channels_last; of a batch of gradients the kernels are handed one
-// after the other.
+// An image, or its gradient, in channels_last, and anything else contiguous; of a batch of
+// gradients the kernels are handed one after the other.
 Tensor dense(const Tensor& image);
 
 // In float32, in which norms, biases and their gradients are computed.

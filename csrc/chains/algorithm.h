@@ -1,6 +1,7 @@
 #pragma once
-// A convolution on given weights, and what surrounds it in a chain: forward, data gradient, weight
-// gradient. Of one call: backward finds it as forward left it. Images are in channels_last.
+// A layer on given weights, and what surrounds it in a chain: forward, data gradient, weight
+// gradient. Of one call: backward finds it as forward left it. Images are in channels_last. "conv"
+// stands for a linear layer as well, behind which there is no normalisation, sum or pool.
 #include <memory>
 #include <string>
 #include <tuple>
@@ -33,6 +34,8 @@ class Algorithm {
   explicit Algorithm(const Kernels& kernels) : kernels(kernels) {}
   virtual ~Algorithm() = default;
 
+  // For people.
+  virtual const char* name() const = 0;
   // act(conv(input) + bias), and what backward needs.
   virtual Output forward(const Tensor& input, const Tensor& bias, const Act& act) = 0;
   // act(conv(input) + bias + residual); the activation is none or one that saves bits.
@@ -61,7 +64,7 @@ class Algorithm {
 
 using AlgorithmPtr = std::shared_ptr<Algorithm>;
 
-// A convolution and element-wise kernels behind it; subclasses give the convolution.
+// A layer and element-wise kernels behind it; subclasses give the layer.
 class Unfused : public Algorithm {
  public:
   Unfused(const Kernels& kernels, const Size& output_size)
@@ -92,6 +95,7 @@ class Given final : public Unfused {
   Given(const Kernels& kernels, const Tensor& image)
       : Unfused(kernels, {image.size(2), image.size(3)}) {}
 
+  const char* name() const override { return "given"; }
   Output forward(const Tensor& input, const Tensor& bias, const Act& act) override;
   Output forward_add(const Tensor& input, const Tensor& bias, const Tensor& residual,
                      const Act& act) override;

@@ -86,6 +86,7 @@ void bind(py::module_& module) {
       .def_readonly("shift", &NormGrad::shift)
       .def_property_readonly("rows", &rows, "All that is given, [3 or 5, channels].");
   py::class_<Algorithm, AlgorithmPtr>(m, "Algorithm")
+      .def_property_readonly("name", &Algorithm::name)
       .def("forward",
            [](Algorithm& self, const Tensor& input, const OptionalTensor& bias,
               const py::object& act) { return self.forward(input, value(bias), act_of(act)); })
@@ -96,21 +97,21 @@ void bind(py::module_& module) {
                                                    need_bias, trained.value_or(Trained{}));
         return std::make_tuple(input, bias, weight);
       });
-  py::class_<LibraryConvolution, Algorithm, std::shared_ptr<LibraryConvolution>>(
-      m, "LibraryConvolution", "On a weight that Library.cast has made.")
-      .def(py::init<LibraryPtr, Tensor>())
-      .def_property_readonly("name",
-                             [](const LibraryConvolution& self) { return self.library().name(); });
-  py::class_<Library, LibraryPtr>(m, "Library", "The library's own convolution, of given numbers.")
+  py::class_<Library, LibraryPtr>(m, "Library", "The library's own layer, of given numbers.")
+      .def_property_readonly("name", &Library::name)
+      .def("takes", &Library::takes, "Whether a weight is as the library wants it.")
+      .def("cast", &Library::cast, "A weight as the library wants it.")
+      .def("on", &Library::on, "The layer on a weight that it takes.");
+  py::class_<Convolution, Library, std::shared_ptr<Convolution>>(m, "Convolution")
       .def(py::init([](Size kernel_size, Size stride, Size padding, Size dilation, int64_t groups,
                        Size input_size, Size output_size, bool gpu, const std::string& kernels) {
-        return std::make_shared<Library>(Library{kernel_size, stride, padding, dilation, groups,
-                                                 input_size, output_size, gpu,
-                                                 Kernels::of(kernels)});
-      }))
-      .def_property_readonly("name", &Library::name)
-      .def("as_it_is", &Library::as_it_is, "A weight that the library takes, else None.")
-      .def("cast", &Library::cast, "A weight as the library takes it.");
+        return std::make_shared<Convolution>(Window{kernel_size, stride, padding, dilation}, groups,
+                                             input_size, output_size, gpu, Kernels::of(kernels));
+      }));
+  py::class_<Linear, Library, std::shared_ptr<Linear>>(m, "Linear")
+      .def(py::init([](const std::string& kernels) {
+        return std::make_shared<Linear>(Kernels::of(kernels));
+      }));
   m.def("chained", &chained_by);
   m.def("resumed", &resumed);
   m.def("entered", &entered);

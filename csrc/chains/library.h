@@ -1,62 +1,98 @@
 #pragma once
-// The library's own convolution: oneDNN's, cuDNN's.
+// The library's own layers: oneDNN's, cuDNN's, torch's.
+#include <memory>
+
 #include "chains/algorithm.h"
 
 namespace wus::chains {
 
-// A convolution's numbers, and where it runs.
-struct Library {
-  Size kernel_size, stride, padding, dilation;
-  int64_t groups;
-  Size input_size, output_size;
-  // On a GPU the bias is not cuDNN's: one pass of ours adds it and all that follows. It may be
-  // float32 behind a convolution in low precision, so that it is never cast.
-  bool gpu;
-  const Kernels& kernels;
+// A layer of given numbers, for any weight.
+class Library : public std::enable_shared_from_this<Library> {
+ public:
+  virtual ~Library() = default;
 
   // For people.
-  const char* name() const { return gpu ? "cuDNN" : "oneDNN"; }
-  // The weight as the library wants it: of the input's type, in channels_last, unless it is
-  // float32 on the CPU; undefined where that takes a copy.
-  Tensor as_it_is(const Tensor& weight, at::ScalarType dtype) const;
-  Tensor cast(const Tensor& weight, at::ScalarType dtype) const;
-  // conv(input) + bias and no more, with torch's own backward, or without a weight gradient.
+  virtual const char* name() const = 0;
+  // Whether the weight is what the library wants for inputs of a type.
+  virtual bool takes(const Tensor& weight, at::ScalarType dtype) const = 0;
+  // The weight as the library wants it.
+  virtual Tensor cast(const Tensor& weight, at::ScalarType dtype) const = 0;
+  // On a weight that it takes.
+  virtual AlgorithmPtr on(Tensor weight) const = 0;
+  // The layer and no more, with torch's own backward, or without a weight gradient.
   //
-  // trained: the weight, where it gets a gradient.
-  Tensor alone(const Tensor& input, const Tensor& weight, const Tensor& bias,
-               const Tensor& trained) const;
+  // trained: the weight, where it gets a gradient, and `weight` is not read.
+  virtual Tensor alone(const Tensor& input, const Tensor& weight, const Tensor& bias,
+                       const Tensor& trained) const = 0;
 };
 
 using LibraryPtr = std::shared_ptr<Library>;
 
-class LibraryConvolution final : public Unfused {
+// A weight that backward must find as forward left it.
+class Unchanged {
  public:
-  LibraryConvolution(LibraryPtr library, Tensor weight);
+  explicit Unchanged(Tensor weight);
 
-  Output forward(const Tensor& input, const Tensor& bias, const Act& act) override;
-  Output forward_add(const Tensor& input, const Tensor& bias, const Tensor& residual,
-                     const Act& act) override;
-  Normed forward_norm(const Tensor& input, const Tensor& bias, const BatchNorm& norm) override;
-  Tensor dgrad(const Tensor& grad) override;
-  Tensor wgrad(const Tensor& grad, const Trained& trained) override;
-  OptionalTensor alone(const Tensor& input, const Tensor& bias, const Tensor& trained) override {
-    return library_->alone(input, weight_, bias, trained);
-  }
-
-  const Library& library() const { return *library_; }
-  // Throws if it is not what it was in the forward pass.
-  const Tensor& weight() const;
-
- protected:
-  Tensor convolve(const Tensor& input, const Tensor& bias) override;
+  // Throws if it has changed.
+  const Tensor& get() const;
+  const Tensor& unchecked() const { return weight_; }
 
  private:
-  Output shifted(const Tensor& output, const Tensor& bias, const OptionalTensor& residual,
-                 const Act& act) const;
-
-  LibraryPtr library_;
   Tensor weight_;
   std::optional<uint32_t> version_;
+};
+
+// A bias in the type of the layer's input.
+OptionalTensor as(at::ScalarType dtype, const Tensor& bias);
+
+struct Window {
+  Size kernel_size, stride, padding, dilation;
+};
+
+// cuDNN's convolution on a GPU, oneDNN's on the CPU.
+class Convolution final : public Library {
+ public:
+  Convolution(const Window& window, int64_t groups, const Size& input_size, const Size& output_size,
+              bool gpu, const Kernels& kernels)
+      : window(window),
+        groups(groups),
+        input_size(input_size),
+        output_size(output_size),
+        gpu(gpu),
+        kernels(kernels) {}
+
+  const char* name() const override { return gpu ? "cuDNN" : "oneDNN"; }
+  // Of the input's type and in channels_last; float32 on the CPU may be in any layout.
+  bool takes(const Tensor& weight, at::ScalarType dtype) const override;
+  Tensor cast(const Tensor& weight, at::ScalarType dtype) const override;
+  AlgorithmPtr on(Tensor weight) const override;
+  Tensor alone(const Tensor& input, const Tensor& weight, const Tensor& bias,
+               const Tensor& trained) const override;
+
+  const Window window;
+  const int64_t groups;
+  const Size input_size, output_size;
+  const bool gpu;
+  const Kernels& kernels;
+};
+
+// torch's products.
+class Linear final : public Library {
+ public:
+  explicit Linear(const Kernels& kernels) : kernels(kernels) {}
+
+  const char* name() const override { return "torch"; }
+  bool takes(const Tensor& weight, at::ScalarType dtype) const override {
+    return weight.scalar_type() == dtype;
+  }
+  Tensor cast(const Tensor& weight, at::ScalarType dtype) const override {
+    return weight.to(dtype);
+  }
+  AlgorithmPtr on(Tensor weight) const override;
+  Tensor alone(const Tensor& input, const Tensor& weight, const Tensor& bias,
+               const Tensor& trained) const override;
+
+  const Kernels& kernels;
 };
 
 }  // namespace wus::chains

@@ -12,6 +12,8 @@ class PythonAlgorithm final : public Algorithm {
   PythonAlgorithm(const Kernels& kernels, pybind11::object algorithm, pybind11::object act);
   ~PythonAlgorithm() override;
 
+  const char* name() const override { return "in Python"; }
+
   Output forward(const Tensor& input, const Tensor& bias, const Act& act) override;
   Output forward_add(const Tensor& input, const Tensor& bias, const Tensor& residual,
                      const Act& act) override;

@@ -224,7 +224,7 @@ at::Tensor Chain::fused(const std::vector<const Chain*>& steps) const {
     engine.attr("observe")(call.layer, call.plan, all.norm != nullptr, all.residual.defined(),
                            all.act.kind, all.pool != nullptr, all.noise.defined());
   }
-  if (has(Kind::CONV) && (all.norm == nullptr || all.norm->batch)) {
+  if ((all.norm == nullptr || all.norm->batch) && !all.noise.defined()) {
     const py::object library = call.plan.attr("library");
     if (!library.is_none()) return by_library(library.cast<chains::LibraryPtr>(), all);
   }
@@ -240,25 +240,24 @@ at::Tensor Chain::by_library(const chains::LibraryPtr& library, const Arguments&
   const at::Tensor& own = call.weight.get("weight");
   const chains::Act act = following(all.act, all.pool);
   const bool alone = all.norm == nullptr && !all.residual.defined() && act.none();
-  at::Tensor weight;
-  if (!alone || !call.weight_trains) {
-    weight = library->as_it_is(own.detach(), call.dtype);
-    if (!weight.defined() && !call.weight_trains)  // kept for a skip window
-      weight =
-          session_->engine().attr("cast")(call.layer, own, library, call.dtype).cast<at::Tensor>();
+  at::Tensor weight = own.detach();
+  const bool cast = !library->takes(own, call.dtype);
+  if (cast && !call.weight_trains) {  // a copy is kept for a skip window
+    const auto& engine = session_->engine();
+    weight = engine.attr("cast")(call.layer, own, library, call.dtype).cast<at::Tensor>();
   }
   py::gil_scoped_release no_gil;
-  const at::Tensor input =
-      chains::entered(call.input.get("input").to(call.dtype),
-                      own.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+  at::Tensor input = call.input.get("input").to(call.dtype);
+  if (has(Kind::CONV))
+    input = chains::entered(input, own.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
   const at::Tensor trained = call.weight_trains ? own : at::Tensor();
   const at::Tensor& bias = call.bias.get("bias");
   if (alone) return library->alone(input, weight, bias, trained);
-  if (!weight.defined()) weight = library->cast(own.detach(), call.dtype);
+  if (cast && call.weight_trains) weight = library->cast(weight, call.dtype);
   const at::Tensor residual =
       all.residual.defined() ? chains::entered(all.residual, false) : all.residual;
-  return chains::chained(std::make_shared<chains::LibraryConvolution>(library, std::move(weight)),
-                         input, bias, trained, batch_norm(all.norm), residual, act);
+  return chains::chained(library->on(std::move(weight)), input, bias, trained, batch_norm(all.norm),
+                         residual, act);
 }
 
 at::Tensor Chain::resumed(const std::vector<const Chain*>& steps, at::Tensor value) const {

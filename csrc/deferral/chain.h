@@ -11,7 +11,7 @@
 #include <vector>
 
 namespace wus::chains {
-struct Library;
+class Library;
 using LibraryPtr = std::shared_ptr<Library>;
 }  // namespace wus::chains
 

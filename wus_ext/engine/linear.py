@@ -9,7 +9,7 @@ from torch import Tensor
 from .._build import build_info
 from .._torch import packed_linear, packed_linear_weight
 from ..nn import SkipLayer
-from .gradient_memory import gradient_memory
+from .gradient_memory import LARGE_BYTES, gradient_memory
 from .packed_weights import PackedWeights
 from .support import Unchanged, is_batched, on_gpu
 
@@ -22,6 +22,12 @@ LARGE = 1 << 18
 #: Batches for which a product in blocks of the weight was measured to be faster than torch's.
 BLOCK_BATCHES = range(32, 257)
 VECTORS = build_info()["cpu_capability"] != "generic"
+
+
+def only_torch(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's products are the only ones for a weight, and need no memory of ours."""
+    nbytes = weight.numel() * dtype.itemsize
+    return on_gpu(weight) or (dtype != torch.float32 and nbytes < LARGE_BYTES)
 
 
 class Products:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._build import chains
 from .conv.choice import Library, library, only_library, pays_for_one_use
 from .conv.geometry import Geometry
+from .linear import only_torch
 from .support import KERNELS, TYPES, on_gpu
 
 __all__ = ["ConvPlan", "Key", "Plan", "plan_conv", "plan_linear", "why_not"]
@@ -25,10 +27,12 @@ class Plan:
     Attributes:
         sizes: of the output.
         dtype: of the output: the input's, or autocast's.
+        library: the library's own layer, where there is no other to choose.
     """
 
     sizes: list[int]
     dtype: torch.dtype
+    library: Library | None
 
 
 @dataclass(slots=True)
@@ -37,12 +41,10 @@ class ConvPlan(Plan):
 
     Attributes:
         faster: than the library's own, without gradients and on a weight packed for this call.
-        library: the library's own convolution, where there is no other to choose.
     """
 
     geometry: Geometry
     faster: bool
-    library: Library | None
 
 
 def _fused_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
@@ -90,7 +92,7 @@ def plan_conv(
     faster = gpu or (single and pays_for_one_use(geometry, algo, input.size(0)))
     alone = only_library(geometry, algo, gpu, dtype)
     own = library(geometry, gpu, KERNELS) if alone else None
-    return ConvPlan(sizes, dtype, geometry, faster, own)
+    return ConvPlan(sizes, dtype, own, geometry, faster)
 
 
 def plan_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | None:
@@ -103,7 +105,8 @@ def plan_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Plan | No
         or (bias is not None and bias.shape != weight.shape[:1])
     ):
         return None
-    return Plan([input.size(0), weight.size(0)], dtype)
+    own = chains.Linear(KERNELS) if only_torch(weight, dtype) else None
+    return Plan([input.size(0), weight.size(0)], dtype, own)
 
 
 def why_not(layer: nn.Module, input: Tensor) -> str:

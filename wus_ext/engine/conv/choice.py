@@ -30,7 +30,7 @@ STEP_ROWS, LONE_ROWS = 128, 2048
 SMALL_WEIGHT = 1 << 16
 
 
-#: The library's own convolution of given numbers: oneDNN's, cuDNN's.
+#: The library's own layer of given numbers: oneDNN's, cuDNN's.
 Library = chains.Library
 
 
@@ -39,7 +39,8 @@ def library(geometry: Geometry, gpu: bool, kernels: str) -> Library:
     """The library's own convolution, with our `kernels` around it."""
     g = geometry
     window = g.kernel_size, g.stride, g.padding, g.dilation
-    return Library(*window, g.groups, g.input_size, g.output_size, gpu, kernels)
+    sizes = g.input_size, g.output_size
+    return chains.Convolution(*window, g.groups, *sizes, gpu, kernels)
 
 
 def only_library(geometry: Geometry, algo: str, gpu: bool, dtype: torch.dtype) -> bool:
@@ -70,7 +71,7 @@ def choose(
     if dtype != torch.float32 and not gpu and suits_depthwise(geometry, options.algo):
         return Depthwise(geometry, weight.make())
     if only_library(geometry, options.algo, gpu, dtype):
-        return chains.LibraryConvolution(own, cast(weight, packed, own, dtype))
+        return own.on(cast(weight, packed, own, dtype))
     contenders = _contenders(weight, geometry, own, options, packed, images, backward)
     if options.algo == "measure":
         trains = weight.trains and torch.is_grad_enabled()
@@ -135,14 +136,13 @@ def _contenders(
 
     if suits_depthwise(geometry, options.algo):
         yield Contender(Depthwise.name, lambda: Depthwise(geometry, unpacked()))
-    yield Contender(library.name, lambda: chains.LibraryConvolution(library, unpacked()))
+    yield Contender(library.name, lambda: library.on(unpacked()))
 
 
 def cast(weight: Weight, packed: PackedWeights, library: Library, dtype: torch.dtype) -> Tensor:
     """The weight as the library takes it, in a type; a copy is kept in a window."""
-    own = library.as_it_is(weight.own, dtype) if weight.folded is None else None
-    if own is not None:
-        return own
+    if weight.folded is None and library.takes(weight.own, dtype):
+        return weight.own
     name = ("cast", dtype, weight.folded is None)
     return packed.get(
         weight.layer, name, weight.sources, lambda: library.cast(weight.make(), dtype)
