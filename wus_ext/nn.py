@@ -262,8 +262,11 @@ class _BatchNorm(DropIn, _StockBatchNorm):
     frozen_statistics: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and deferral.is_deferred(input):
-            output = self._append(input)
+        joins = not torch.compiler.is_compiling() and deferral.is_deferred(input)
+        engine = None if joins else engine_of_call(self)
+        begins = engine is not None and engine.normalises(self, input)
+        if joins or begins:
+            output = self._append(input, begins)
             if output is not None:
                 return output
         if not self.skip_wgrad:
@@ -284,8 +287,8 @@ class _BatchNorm(DropIn, _StockBatchNorm):
             self.eps,
         )
 
-    def _append(self, input: Tensor) -> Tensor | None:
-        """Joined to the layer's call that makes `input`, if it can be."""
+    def _append(self, input: Tensor, begins: bool) -> Tensor | None:
+        """Joined to the layer's call that makes `input`, if it can be, or the first of a chain."""
         batch = uses_batch_statistics(self)
         momentum = self.momentum
         if momentum is None:
@@ -306,6 +309,7 @@ class _BatchNorm(DropIn, _StockBatchNorm):
             batch,
             momentum,
             self.eps,
+            self if begins else None,
         )
         return output
 

@@ -86,9 +86,7 @@ bool is_permuted(const at::Tensor& tensor) {
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
-bool on_cpu(const Chain& chain) {
-  return chain.call().weight.unchecked().device().type() == at::kCPU;
-}
+bool on_cpu(const Chain& chain) { return chain.call().device.is_cpu(); }
 
 Read read(const std::optional<at::Tensor>& tensor) { return Read(tensor.value_or(at::Tensor())); }
 
@@ -118,18 +116,40 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
       at::GradMode::is_enabled() &&
       (requires_grad(value) || requires_grad(shift) || (weight_trains && weight.requires_grad()));
   const uint64_t depth = depth_behind({value, shift, weight});
-  auto call =
-      std::make_shared<Call>(Call{session->shared_from_this(), std::move(layer), std::move(plan),
-                                  Read(value), Read(weight), Read(shift), weight_trains, dtype});
+  auto call = std::make_shared<Call>(Call{session->shared_from_this(), std::move(layer),
+                                          std::move(plan), Read(value), Read(weight), Read(shift),
+                                          weight_trains, dtype, weight.device()});
   const auto lock = hold_session();
   return defer(std::make_shared<Chain>(std::move(call), is_conv ? Kind::CONV : Kind::LINEAR,
                                        std::move(sizes), format, differentiable, depth));
 }
 
+namespace {
+
+// A chain of nothing yet, behind an image that is there.
+std::shared_ptr<Chain> behind(const at::Tensor& image, pybind11::object layer) {
+  Session* session = Session::current();
+  if (session == nullptr || !session->undisturbed() || as_deferred(image) || !is_plain(image) ||
+      image.dim() != 4 || format_of(image) != at::MemoryFormat::ChannelsLast ||
+      !image.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return nullptr;
+  const bool differentiable = at::GradMode::is_enabled() && image.requires_grad();
+  auto call = std::make_shared<Call>(Call{session->shared_from_this(), std::move(layer),
+                                          pybind11::none(), Read(image), Read(), Read(), false,
+                                          image.scalar_type(), image.device()});
+  return std::make_shared<Chain>(std::move(call), Kind::CONV, image.sizes().vec(),
+                                 at::MemoryFormat::ChannelsLast, differentiable,
+                                 depth_behind({image}));
+}
+
+}  // namespace
+
 std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArguments& norm) {
   const auto lock = hold_session();
-  const auto chain = open_chain(input);
+  auto chain = open_chain(input);
+  if (chain == nullptr && norm.layer) chain = behind(input, norm.layer);
   if (chain == nullptr || !chain->has(Kind::CONV)) return std::nullopt;
+  if (chain->call().is_given() && !norm.batch) return std::nullopt;
   for (const Kind kind : {Kind::NORM, Kind::ADD, Kind::ACT, Kind::POOL}) {
     if (chain->has(kind)) return std::nullopt;
   }
@@ -139,7 +159,7 @@ std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArgumen
     const at::Tensor& t = **tensor;
     if (as_deferred(t) || !is_plain(t) ||
         (t.scalar_type() != at::kFloat && t.scalar_type() != chain->dtype()) || t.dim() != 1 ||
-        t.size(0) != sizes[1] || t.device() != chain->call().weight.unchecked().device())
+        t.size(0) != sizes[1] || t.device() != chain->call().device)
       return std::nullopt;
   }
   const bool statistics = norm.running_mean && norm.running_mean->defined();

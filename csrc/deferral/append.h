@@ -16,6 +16,7 @@ struct NormArguments {
   bool counts;  // this batch, in `batches`, as the layer does
   bool constant, batch;
   double momentum, eps;
+  pybind11::object layer = {};  // whose call may begin a chain; null: it may only join one
 };
 
 // A layer's call; `sizes` are the output's.

@@ -33,14 +33,15 @@ void bind(py::module_& module) {
   m.def("signature", &signature,
         "What a plan depends on of a layer's tensors: types, devices, sizes, autocast.");
   m.def("begin_chain", &begin_chain);
-  m.def("append_norm", [](const at::Tensor& input, std::optional<at::Tensor> weight,
-                          std::optional<at::Tensor> bias, std::optional<at::Tensor> running_mean,
-                          std::optional<at::Tensor> running_var, std::optional<at::Tensor> batches,
-                          bool counts, bool constant, bool batch, double momentum, double eps) {
-    return append_norm(
-        input, {std::move(weight), std::move(bias), std::move(running_mean), std::move(running_var),
-                std::move(batches), counts, constant, batch, momentum, eps});
-  });
+  m.def("append_norm",
+        [](const at::Tensor& input, std::optional<at::Tensor> weight,
+           std::optional<at::Tensor> bias, std::optional<at::Tensor> running_mean,
+           std::optional<at::Tensor> running_var, std::optional<at::Tensor> batches, bool counts,
+           bool constant, bool batch, double momentum, double eps, const py::object& layer) {
+          return append_norm(input, {std::move(weight), std::move(bias), std::move(running_mean),
+                                     std::move(running_var), std::move(batches), counts, constant,
+                                     batch, momentum, eps, layer.is_none() ? py::object() : layer});
+        });
   m.def("is_deferred", [](const at::Tensor& tensor) { return as_deferred(tensor) != nullptr; });
   m.def("settle", [](const at::Tensor& tensor) {
     if (Deferred* deferred = as_deferred(tensor)) deferred->settle();

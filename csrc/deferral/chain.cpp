@@ -224,6 +224,7 @@ at::Tensor Chain::fused(const std::vector<const Chain*>& steps) const {
     engine.attr("observe")(call.layer, call.plan, all.norm != nullptr, all.residual.defined(),
                            all.act.kind, all.pool != nullptr, all.noise.defined());
   }
+  if (call.is_given()) return resumed({steps.begin() + 1, steps.end()}, call.input.get("input"));
   if ((all.norm == nullptr || all.norm->batch) && !all.noise.defined()) {
     const py::object library = call.plan.attr("library");
     if (!library.is_none()) return by_library(library.cast<chains::LibraryPtr>(), all);

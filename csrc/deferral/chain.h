@@ -79,13 +79,16 @@ struct Step {
   std::shared_ptr<const Norm> norm = {};  // NORM
 };
 
-// What the layer was called with.
+// What the layer was called with; or a tensor that is there, which stands for a layer's output.
 struct Call {
   std::shared_ptr<Session> session;
   pybind11::object layer, plan;
   Read input, weight, bias;
   bool weight_trains;
   at::ScalarType dtype;  // of the output
+  at::Device device;
+
+  bool is_given() const { return !weight.defined(); }
 
   ~Call();
 };
@@ -148,7 +151,7 @@ class Chain : public std::enable_shared_from_this<Chain> {
   static Arguments arguments(const std::vector<const Chain*>& steps);
 
   void compute();
-  // The steps, behind a value that was computed by itself.
+  // The steps, behind a value that was computed by itself or is there.
   at::Tensor resumed(const std::vector<const Chain*>& steps, at::Tensor value) const;
   at::Tensor fused(const std::vector<const Chain*>& steps) const;
   // The same where the engine has nothing to choose.

@@ -24,7 +24,7 @@ Ptr make_anchor(uint64_t depth) {
 }
 
 c10::DispatchKeySet keys_like(const Chain& chain) {
-  const auto device = chain.call().weight.unchecked().device().type();
+  const auto device = chain.call().device.type();
   const auto backend = device == c10::kCUDA ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
   return c10::DispatchKeySet({backend, kKey});
 }
@@ -47,7 +47,7 @@ torch::autograd::AutogradMeta* meta_of(const c10::TensorImpl& impl) {
 
 Deferred::Deferred(std::shared_ptr<Chain> chain)
     : TensorImpl(keys_like(*chain), c10::scalarTypeToTypeMeta(chain->dtype()),
-                 chain->call().weight.unchecked().device()),
+                 chain->call().device),
       chain_(std::move(chain)) {
   set_sizes_contiguous(chain_->sizes());
   take_place();

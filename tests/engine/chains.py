@@ -67,6 +67,21 @@ class Block(nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + self.down(x))
 
 
+class Dense(nn.Module):
+    """A dense block's layer: norm and activation come first, on what was concatenated."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, 16, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 8, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = self.conv1(F.relu(self.norm1(x), inplace=True))
+        return torch.cat([x, self.conv2(F.relu(self.norm2(y)))], 1)
+
+
 CHANNELS = 16
 
 CHAINS = {
@@ -112,6 +127,14 @@ CHAINS = {
     "functional": Functional,
     "in_place_sum": lambda: Functional(in_place=True),
     "block": lambda: nn.Sequential(conv(3, 8, 3, padding=1), nn.ReLU(), Block()),
+    "norm_first": sequence(
+        conv(3, 8, 3, padding=1, bias=False), Dense(8), Dense(16), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.MaxPool2d(2),
+    ),
+    "norm_of_others": sequence(
+        nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 8, 2, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AvgPool2d(2), nn.BatchNorm2d(8, affine=False), conv(8, 8, 3), nn.ReLU(),
+    ),
     "linear": sequence(
         conv(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
         nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(True), nn.Linear(512, 3),

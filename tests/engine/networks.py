@@ -56,7 +56,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Block:
-    """conv [+ norm] [+ residual] [+ activation] [+ pool] [+ dropout]."""
+    """[norm +] conv [+ norm] [+ residual] [+ activation] [+ pool] [+ dropout]."""
 
     channels: int
     kernel: tuple[int, int]
@@ -65,6 +65,7 @@ class Block:
     dilation: int
     groups: int
     bias: bool
+    first_norm: str | None
     norm: str | None
     residual: str | None
     activation: str | None
@@ -114,6 +115,7 @@ def blocks(draw, inputs: int) -> Block:
         draw(either(1, 1, 1, 2)),
         groups if inputs % groups == 0 and channels % groups == 0 else 1,
         draw(st.booleans()),
+        draw(either(None, None, *NORMS)),
         draw(optional(either(*NORMS))),
         draw(either(None, None, "x + y", "y + x", "y += x")),
         draw(optional(either(*ACTIVATIONS))),
@@ -164,6 +166,12 @@ class ConvBlock(nn.Module):
             padding[i] = max(
                 padding[i], -(-(dilation * (block.kernel[i] - 1) + 1 - x.size(i + 2)) // 2)
             )
+        self.first_norm = None
+        if block.first_norm and x.numel() // x.size(1) >= 8:
+            maps = x.size(2) * x.size(3)
+            if block.first_norm != "instance" or maps >= 8:
+                self.first_norm = NORMS[block.first_norm](x.size(1))
+        self.first_activation = Activation("ReLU") if self.first_norm is not None else None
         self.conv = nn.Conv2d(x.size(1), block.channels, block.kernel, block.stride,
                               tuple(padding), dilation, block.groups, block.bias)  # fmt: skip
         y = self.conv(x)
@@ -184,7 +192,8 @@ class ConvBlock(nn.Module):
         self.dropout = nn.Dropout(block.dropout) if block.dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y, x = self.conv(x), x if self.residual else None
+        y = self.conv(through(x, self.first_norm, self.first_activation))
+        x = x if self.residual else None
         if self.norm is not None:
             y = self.norm(y)
         if self.residual:

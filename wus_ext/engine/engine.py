@@ -33,6 +33,7 @@ from .options import SkipOptions
 from .packed_weights import PackedWeights
 from .plan import ConvPlan, Key, Plan, plan_conv, plan_linear, why_not
 from .storage_access import settle_before_storage_access
+from .support import takes
 
 logger = logging.getLogger("wus_ext")
 
@@ -182,6 +183,14 @@ class Engine:
             linear, plan, False, input, weight, bias, trains, plan.sizes, plan.dtype
         )
 
+    def normalises(self, norm: nn.Module, input: Tensor) -> bool:
+        """Whether a batch norm may be the first layer of a chain."""
+        return (
+            (norm.skip_wgrad or self._runs_outside(norm))
+            and torch.is_grad_enabled()
+            and takes(input)
+        )
+
     def _weight(self, layer: SkipLayer, input: Tensor) -> tuple[Tensor | None, bool]:
         """The layer's weight, if the layer may run fused on `input`, and whether it trains."""
         weight = layer._parameters.get("weight")
@@ -235,7 +244,7 @@ class Engine:
     def observe(
         self,
         layer: nn.Module,
-        plan: Plan,
+        plan: Plan | None,
         norm: bool,
         residual: bool,
         kind: int,
@@ -245,7 +254,7 @@ class Engine:
         """Notes which steps a chain has, and how it runs where there is nothing to choose."""
         if self.record is not None:
             steps = {
-                "conv" if isinstance(plan, ConvPlan) else "linear": True,
+                "conv" if isinstance(plan, ConvPlan) else "linear": plan is not None,
                 "norm": norm,
                 "add": residual,
                 Kind(kind).name.lower(): kind != Kind.NONE,
