@@ -156,6 +156,15 @@ def engine_of_call(layer: nn.Module) -> Any | None:
     return deferral.engine()
 
 
+def own_parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """A layer's weight and bias, faster than by its attributes; None: those are something else."""
+    parameters = layer._parameters
+    if torch.compiler.is_compiling() or "bias" not in parameters:
+        return None
+    weight = parameters.get("weight")
+    return None if weight is None else (weight, parameters["bias"])
+
+
 class Conv1d(_Conv, nn.Conv1d):
     """:class:`torch.nn.Conv1d` with a skip flag; every ``padding_mode`` included."""
 
@@ -176,7 +185,8 @@ class Conv2d(_Conv, nn.Conv2d):
             output: Tensor | None = engine.convolve(self, input)
             if output is not None:
                 return output
-        return super().forward(input)
+        own = own_parameters(self)
+        return super().forward(input) if own is None else self._conv_forward(input, *own)
 
 
 class Conv3d(_Conv, nn.Conv3d):
@@ -234,7 +244,8 @@ class Linear(DropIn, nn.Linear):
             if output is not None:
                 return output
         if not self.skip_wgrad:
-            return super().forward(input)
+            own = own_parameters(self)
+            return super().forward(input) if own is None else F.linear(input, *own)
         return functional.linear(input, self.weight, self._constant(self.bias), skip_wgrad=True)
 
 
@@ -270,7 +281,12 @@ class _BatchNorm(DropIn, _StockBatchNorm):
             if output is not None:
                 return output
         if not self.skip_wgrad:
-            return super().forward(input)
+            own = None if self.training else own_parameters(self)
+            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            if own is None or mean is None or var is None:
+                return super().forward(input)
+            self._check_input_dim(input)
+            return F.batch_norm(input, mean, var, *own, eps=self.eps)
         self._check_input_dim(input)
         batch = uses_batch_statistics(self)
         momentum = count_batch(self) if batch else 0.0

@@ -9,11 +9,11 @@ their gradients may be float32 all the same.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..._build import chains
 from ..activation import Act, activate, masked
 from ..support import dense
 from .copies import Copies
@@ -22,12 +22,28 @@ from .geometry import Geometry
 ops = torch.ops.wus
 aten = torch.ops.aten
 
-#: What the gradient of a weight is made from, besides the output's: ``input``, ``weight``.
-Trained = chains.Trained
-#: The backward of a normalisation of z, a * g + b * z + c for each channel: ``a``, ``b``, ``c``,
-#: ``scale`` and ``shift`` where backward is to compute an activation's input from z, and
-#: ``rows``, all that is given, [3 or 5, channels].
-NormGrad = chains.NormGrad
+
+class Trained(Protocol):
+    """What the gradient of a weight is made from, besides the output's (``chains.Trained``)."""
+
+    input: Tensor
+    weight: Tensor
+
+
+class NormGrad(Protocol):
+    """The backward of a normalisation of z: a * g + b * z + c for each channel.
+
+    Attributes:
+        scale, shift: the forward's, where backward is to compute an activation's input from z.
+        rows: all that is given, [3 or 5, channels].
+    """
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    rows: Tensor
 
 
 def through_norm(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +31,23 @@ STEP_ROWS, LONE_ROWS = 128, 2048
 SMALL_WEIGHT = 1 << 16
 
 
-#: The library's own layer of given numbers: oneDNN's, cuDNN's.
-Library = chains.Library
+class Library(Protocol):
+    """The library's own layer of given numbers, oneDNN's or cuDNN's (``chains.Library``).
+
+    Attributes:
+        name: for people.
+    """
+
+    name: str
+
+    def takes(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the weight is as the library wants it for inputs of a type."""
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight as the library wants it."""
+
+    def on(self, weight: Tensor) -> Algorithm:
+        """The layer on a weight that it takes."""
 
 
 @lru_cache(maxsize=1024)

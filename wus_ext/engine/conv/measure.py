@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._build import chains
 from ..activation import Act
-from .algorithm import Algorithm, Trained
+from .algorithm import Algorithm
 from .geometry import Geometry
 from .weight import Weight
 
@@ -88,7 +89,7 @@ def fastest(call: Call, contenders: Mapping[str, Algorithm], weight: Weight) -> 
     g = call.geometry
     input = _image(call.images, g.in_channels, g.input_size)
     grad = _image(call.images, g.out_channels, g.output_size)
-    trained = Trained(input, weight.own) if call.trains else None
+    trained = chains.Trained(input, weight.own) if call.trains else None
 
     def run(contender: Algorithm) -> float:
         start = time.perf_counter()
