@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 import wus_ext
 from wus_ext.cli.command import main
-from wus_ext.profiling.saved import peak_bytes
+from wus_ext.profiling.saved import peak_bytes, saving
 
 KINDS = {
     *("stock full", "stock frozen", "skip", "input gradients", "fused full"),
@@ -159,6 +161,21 @@ def test_an_output_without_gradients_asks_for_a_loss():
 
     with pytest.raises(ValueError, match="give a loss"):
         wus_ext.profile(Numbers(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("skip", [None, False, True], ids=["stock", "fused", "skip"])
+def test_counting_what_is_saved_keeps_nothing_of_it(skip):
+    """A graph whose saved output held itself would never go."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Tanh())
+    if skip is not None:
+        wus_ext.set_skip(wus_ext.convert(model, full="fused"), skip)
+    with saving(model.parameters()) as saved:
+        output = model(X)
+    assert saved() > 0
+    last = weakref.ref(output)
+    del output
+    gc.collect()
+    assert last() is None
 
 
 def test_the_peak_is_the_most_at_one_time():

@@ -32,6 +32,11 @@ PythonAlgorithm::PythonAlgorithm(const Kernels& kernels, py::object algorithm, p
     : Algorithm(kernels), algorithm_(std::move(algorithm)), act_(std::move(act)) {}
 
 PythonAlgorithm::~PythonAlgorithm() {
+  if (!Py_IsInitialized()) {  // a graph that outlives the interpreter
+    algorithm_.release();
+    act_.release();
+    return;
+  }
   py::gil_scoped_acquire gil;
   algorithm_ = act_ = py::object();
 }

@@ -58,6 +58,11 @@ uint64_t depth_behind(std::initializer_list<at::Tensor> tensors) {
 
 Call::~Call() {
   if (!layer && !plan) return;
+  if (!Py_IsInitialized()) {  // a tensor that outlives the interpreter
+    layer.release();
+    plan.release();
+    return;
+  }
   py::gil_scoped_acquire gil;
   layer = py::object();
   plan = py::object();

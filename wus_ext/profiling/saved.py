@@ -37,7 +37,7 @@ def saving(kept: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
         if storage.data_ptr() not in known:
             sizes[storage.data_ptr()] = storage.nbytes()
             held.append(tensor)
-        return tensor
+        return tensor.detach()  # a saved output would hold its own graph, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(sizes.values())
