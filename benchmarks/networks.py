@@ -157,15 +157,13 @@ def in_layout(input: Tensor, layout: str) -> Tensor:
 
 def faster(make: Callable[[str], Any], layouts: Iterable[str]) -> Any:
     """What `make` makes of one of the layouts, warmed up: the one that runs faster."""
-    best, least = None, float("inf")
-    for layout in layouts:
-        run = make(layout)
-        run()
-        start = time.perf_counter()
-        run()
-        if (seconds := time.perf_counter() - start) < least:
-            best, least = run, seconds
-    return best
+    runs = {layout: make(layout) for layout in layouts}
+    if len(runs) == 1:
+        (only,) = runs.values()
+        only()
+        return only
+    seconds = interleaved(runs, rounds=3, warmup=1)
+    return runs[min(runs, key=lambda layout: min(seconds[layout]))]
 
 
 def check(make: Callable[[str], Step], kinds: list[str]) -> None:
