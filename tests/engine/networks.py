@@ -43,6 +43,8 @@ NORMS = {
     "group": lambda channels: nn.GroupNorm(math.gcd(channels, 4), channels),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
 }
+#: Without a gradient to hand back, stock's group norm of channels_last crashes (torch 2.11).
+FIRST_NORMS = [name for name in NORMS if name != "group"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def blocks(draw, inputs: int) -> Block:
         draw(either(1, 1, 1, 2)),
         groups if inputs % groups == 0 and channels % groups == 0 else 1,
         draw(st.booleans()),
-        draw(either(None, None, *NORMS)),
+        draw(either(None, None, *FIRST_NORMS)),
         draw(optional(either(*NORMS))),
         draw(either(None, None, "x + y", "y + x", "y += x")),
         draw(optional(either(*ACTIVATIONS))),

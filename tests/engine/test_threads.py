@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import queue
 import sys
 import threading
 import weakref
@@ -147,6 +148,64 @@ def test_a_tensor_settled_by_another_thread(threads):
     wus_ext.set_skip(model, True)
     model(images()).sum().backward()
     assert len(set(map(float, results))) == 1
+
+
+class Watched(nn.Module):
+    """A forward whose tensors another thread looks at while they are still being made."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.seen = queue.SimpleQueue()
+
+    def watched(self, x):
+        self.seen.put(x)
+        return x
+
+    def forward(self, x):
+        y = self.watched(self.first(x))
+        z = self.watched(torch.relu(self.watched(self.norms[0](y))))
+        z = self.watched(self.norms[1](self.second(z)))
+        z = self.watched(z + y)
+        return self.watched(self.norms[2](torch.relu(z)))
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["fused", "skip"])
+def test_another_thread_looks_while_the_chain_grows(threads, skip):
+    """What a chain takes in, it takes in before or after the tensor is computed, never halfway."""
+    torch.manual_seed(0)
+    model = Watched().to(memory_format=torch.channels_last)
+    wus_ext.convert(model, full="fused")
+    wus_ext.set_skip(model, skip)
+    x = images((2, 3, 12, 10))
+    grad = torch.randn(2, 8, 12, 10)
+
+    def step():
+        model.zero_grad()
+        for norm in model.norms:
+            norm.reset_running_stats()
+        output = model(x)
+        output.backward(grad)
+        results = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return results | {"output": output.detach()} | dict(model.named_buffers())
+
+    expected = {name: value.clone() for name, value in step().items()}
+
+    def train():
+        try:
+            for _ in range(60):
+                for name, value in step().items():
+                    assert relative_error(value, expected[name]) < 1e-4, name
+        finally:
+            model.seen.put(None)
+
+    def watch():
+        while (tensor := model.seen.get()) is not None:
+            assert torch.isfinite(tensor).all()
+
+    threads(train, watch)
 
 
 @pytest.mark.parametrize("name", ["conv_norm_relu_pool", "block", "dropout", "functional"])
