@@ -85,7 +85,7 @@ sanitize: setup ## the C++ under AddressSanitizer and UndefinedBehaviorSanitizer
 
 sanitize-threads: setup ## the C++ under ThreadSanitizer, on its tests
 	$(call instrumented,thread)
-	TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0:log_path=build/thread/report OMP_NUM_THREADS=3 \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0:log_path=build/thread/report:suppressions=tests/threads.supp OMP_NUM_THREADS=3 \
 	  $(call preloaded,thread,libtsan.so) $(NATIVE_TESTS) $(PYTEST_ARGS)
 
 coverage: coverage-cpp coverage-python ## which lines the tests run

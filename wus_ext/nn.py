@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -251,8 +251,7 @@ class Linear(DropIn, nn.Linear):
 
 def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether the next forward pass of a norm layer normalises with the batch's statistics."""
-    buffers = norm._buffers
-    if buffers["running_mean"] is None or buffers["running_var"] is None:
+    if norm.running_mean is None or norm.running_var is None:
         return True
     frozen = getattr(norm, "frozen_statistics", False) and norm.skip_wgrad
     return norm.training and not frozen
@@ -260,12 +259,16 @@ def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 def count_batch(norm: nn.modules.batchnorm._BatchNorm) -> float:
     """Counts a batch that updates the running statistics, as stock; returns the momentum."""
-    momentum, batches = norm.momentum, norm._buffers["num_batches_tracked"]
+    momentum, batches = norm.momentum, norm.num_batches_tracked
     if norm.training and norm.track_running_stats and batches is not None:
         batches.add_(1)
         if momentum is None:  # cumulative average
             return 1.0 / float(batches)
     return 0.0 if momentum is None else momentum
+
+
+#: A batch norm's parameters and buffers.
+AFFINE, RUNNING = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
 
 
 class _BatchNorm(DropIn, _StockBatchNorm):
@@ -282,7 +285,7 @@ class _BatchNorm(DropIn, _StockBatchNorm):
                 return output
         if not self.skip_wgrad:
             own = None if self.training else own_parameters(self)
-            mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+            mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
             if own is None or mean is None or var is None:
                 return super().forward(input)
             self._check_input_dim(input)
@@ -305,21 +308,23 @@ class _BatchNorm(DropIn, _StockBatchNorm):
 
     def _append(self, input: Tensor, begins: bool) -> Tensor | None:
         """Joined to the layer's call that makes `input`, if it can be, or the first of a chain."""
+        parameters, buffers = self._parameters, self._buffers
+        if not (parameters.keys() >= AFFINE and buffers.keys() >= RUNNING):
+            return None  # one of them is something else now, a pruned weight for one
         batch = uses_batch_statistics(self)
-        momentum = self.momentum
+        momentum, batches = self.momentum, buffers["num_batches_tracked"]
         if momentum is None:
             momentum = 0.0
-            if self.training and self.track_running_stats:
-                momentum = 1.0 / (float(cast(Tensor, self.num_batches_tracked)) + 1.0)
+            if self.training and self.track_running_stats and batches is not None:
+                momentum = 1.0 / (float(batches) + 1.0)
         given = not self.training or self.track_running_stats
-        parameters, buffers = self._parameters, self._buffers
         output: Tensor | None = deferral.append_norm(
             input,
             parameters["weight"],
             self._constant(parameters["bias"]),
             buffers["running_mean"] if given else None,
             buffers["running_var"] if given else None,
-            buffers["num_batches_tracked"],
+            batches,
             batch and self.training and self.track_running_stats,
             self.skip_wgrad,
             batch,

@@ -32,8 +32,8 @@ class OnWeight final : public Unfused {
 
   const char* name() const override { return own_->name(); }
 
-  // On a GPU the bias is not cuDNN's: one pass of ours adds it and all that follows. It may be
-  // float32 behind a convolution in low precision, so that it is never cast.
+  // On a GPU, where anything follows, the bias is not cuDNN's: one pass of ours adds it and all of
+  // that. It may be float32 behind a convolution in low precision, so that it is not cast.
   Output forward(const Tensor& input, const Tensor& bias, const Act& act) override {
     if (!own_->gpu || !bias.defined()) return Unfused::forward(input, bias, act);
     return shifted(convolve(input, {}), bias, std::nullopt, act);

@@ -1,6 +1,5 @@
 #include "chains/functions.h"
 
-#include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -134,9 +133,8 @@ class ConvAddAct : public torch::autograd::Function<ConvAddAct> {
     const auto needs = [&](int argument) { return state->arguments.needs(argument, *context); };
     const bool input = needs(kInput), weight = needs(kWeight), residual = needs(kResidual);
     Algorithm& algorithm = *state->algorithm;
-    const Size size{grads[0].size(2), grads[0].size(3)};
-    auto [passed, bias] = masked(algorithm.kernels, dense(grads[0]), saved[0], state->act, size,
-                                 input || weight || residual, needs(kBias));
+    auto [passed, bias] = masked(algorithm.kernels, dense(grads[0]), saved[0], state->act,
+                                 /*size=*/{}, input || weight || residual, needs(kBias));
     return {input ? algorithm.dgrad(passed) : Tensor(),
             bias,
             weight ? algorithm.wgrad(passed, trained_from(saved, 1)) : Tensor(),

@@ -36,8 +36,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 void before_use(const at::Tensor& tensor, bool written) {
   if (Deferred* deferred = as_deferred(tensor)) deferred->settle();
   Session* session = Session::current();
-  if (session != nullptr && session->waits() && tensor.defined())
-    session->before_use(tensor, written);
+  if (session != nullptr && tensor.defined()) session->before_use(tensor, written);
 }
 
 // Around the operator itself, behind which nothing is deferred.

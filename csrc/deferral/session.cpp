@@ -64,6 +64,10 @@ InSession::~InSession() = default;
 Session::~Session() {
   if (current_session == this) leave();
   if (!engine_) return;
+  if (!Py_IsInitialized()) {  // a tensor that outlives the interpreter
+    engine_.release();
+    return;
+  }
   py::gil_scoped_acquire gil;
   engine_ = py::object();
 }

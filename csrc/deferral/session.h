@@ -51,7 +51,6 @@ class Session : public std::enable_shared_from_this<Session> {
   // A tensor is about to be read, or written: runs what was called earlier and would write it, or
   // read what it holds now.
   void before_use(const at::Tensor& tensor, bool written);
-  bool waits() const { return !pending_.empty(); }
   // Runs at the end, whether or not anybody holds the chain's tensor.
   void keep(const std::shared_ptr<Chain>& chain);
 

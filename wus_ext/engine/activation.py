@@ -96,18 +96,17 @@ Act.RELU = Act(Kind.RELU)
 Act.RELU_POOL = Act(Kind.RELU, pool=Pool(2, 2))
 
 
-def activate(input: Tensor, act: Act, in_place: bool = True) -> tuple[Tensor, Tensor | None]:
+def activate(input: Tensor, act: Act) -> tuple[Tensor, Tensor | None]:
     """act(input) and what backward needs: bits, codes, the input.
 
-    Args:
-        in_place: whether the input may be written over.
+    The input may be written over.
     """
     kind, slope, pool = act.arguments
     if pool:
         return ops.relu_max_pool(input, act.kind == Kind.RELU, pool)
     if act.kind == Kind.NONE:
         return input, None
-    if in_place and not act.smooth:
+    if not act.smooth:
         return ops.activate_(input, kind, slope)
     output, bits = ops.activate(input, None, kind, slope)
     return output, input if act.smooth else bits

@@ -1,6 +1,6 @@
-"""Linear layers' chains and dropout: what they save for backward, and what backward computes.
+"""Linear layers' chains on products of ours, and dropout: what is saved, what backward computes.
 
-Convolutions' are in ``csrc/chains``.
+Convolutions' chains, and linear layers' on torch's products, are in ``csrc/chains``.
 """
 
 from __future__ import annotations

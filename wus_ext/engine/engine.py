@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .._build import deferral
 from .._torch import in_a_transform, is_traced
-from ..nn import Conv2d, Linear, SkipLayer, is_frozen
+from ..nn import Conv2d, Linear, SkipLayer, is_frozen, uses_batch_statistics
 from .activation import Act, Kind
 from .autograd import Norm
 from .chains import Notes, resume, run_conv, run_linear
@@ -186,9 +186,13 @@ class Engine:
     def normalises(self, norm: nn.Module, input: Tensor) -> bool:
         """Whether a batch norm may be the first layer of a chain."""
         return (
-            (norm.skip_wgrad or self._runs_outside(norm))
+            isinstance(norm, nn.BatchNorm2d)
+            and (norm.skip_wgrad or self._runs_outside(norm))
             and torch.is_grad_enabled()
             and takes(input)
+            and input.dim() == 4
+            and deferral.suggests_channels_last(input)
+            and uses_batch_statistics(norm)
         )
 
     def _weight(self, layer: SkipLayer, input: Tensor) -> tuple[Tensor | None, bool]:
@@ -268,7 +272,8 @@ class Engine:
     def cast(
         self, layer: nn.Module, weight: Tensor, library: Library, dtype: torch.dtype
     ) -> Tensor:
-        """A weight that stands still as the library takes it."""
+        """A weight that stands still as the library takes it; kept, for no gradient is."""
+        self.packed.saves(layer, weight.nbytes if weight.requires_grad else 0)
         return cast(Weight(layer, weight.detach(), (weight,)), self.packed, library, dtype)
 
     def run(

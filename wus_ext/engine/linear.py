@@ -70,7 +70,7 @@ class Products:
         """Of a weight that stands still: packed once for a skip window, where that pays."""
         sources, weight = (weight,), weight.detach()
         if weight.dtype != input.dtype:
-            name = ("cast", input.dtype)
+            name = ("cast", input.dtype, True)
             return cls(packed.get(linear, name, sources, lambda: weight.to(input.dtype)))
         if (
             on_gpu(weight)

@@ -1,9 +1,9 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
@@ -250,8 +250,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_nor
                       shape.channels, "], got size ", mean.sizes());
     return std::pair(grad_sums(backward, m), shape.rows);
   });
+  if (rows == 0) {
+    std::array<at::Tensor, 5> none;
+    for (at::Tensor& tensor : none) tensor = at::zeros_like(m);
+    return {none[0], none[1], none[2], none[3], none[4]};
+  }
   const double *sum = sums.template const_data_ptr<double>(), *sum_xmu = sum + channels;
-  const double count = static_cast<double>(std::max<int64_t>(rows, 1));
+  const double count = static_cast<double>(rows);
   std::array<at::Tensor, 5> made;
   for (at::Tensor& tensor : made) tensor = at::empty_like(m);
   float *a_data = made[0].data_ptr<float>(), *b_data = made[1].data_ptr<float>(),

@@ -21,11 +21,11 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // A dense vector with one element a channel.
 at::Tensor per_channel(const at::Tensor& t, const char* name, int64_t channels,
-                       const at::Device& device, at::ScalarType type = at::kFloat) {
-  TORCH_CHECK_VALUE(
-      t.device() == device && t.scalar_type() == type && t.dim() == 1 && t.size(0) == channels,
-      name, " must be a ", type, " tensor of size [", channels, "] on ", device, ", got ",
-      t.scalar_type(), " of size ", t.sizes(), " on ", t.device());
+                       const at::Device& device) {
+  TORCH_CHECK_VALUE(t.device() == device && t.scalar_type() == at::kFloat && t.dim() == 1 &&
+                        t.size(0) == channels,
+                    name, " must be a ", at::kFloat, " tensor of size [", channels, "] on ", device,
+                    ", got ", t.scalar_type(), " of size ", t.sizes(), " on ", t.device());
   return t.contiguous();
 }
 
