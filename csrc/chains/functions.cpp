@@ -49,10 +49,16 @@ struct State : torch::CustomClassHolder {
 
 const char* const kState = "state";
 
-State& keep(AutogradContext* context, c10::intrusive_ptr<State> state) {
-  State& kept = *state;
+// With which every function begins.
+enum { kInput, kBias, kWeight };
+
+// Keeps the state, and saves for backward: `saved`, and behind it what the weight's gradient needs,
+// where the weight trains.
+void keep(AutogradContext* context, c10::intrusive_ptr<State> state, variable_list saved,
+          const OptionalTensor& input, const OptionalTensor& weight) {
+  if (state->arguments.wants(kWeight)) saved.insert(saved.end(), {*input, *weight});
+  context->save_for_backward(std::move(saved));
   context->saved_data[kState] = c10::IValue::make_capsule(std::move(state));
-  return kept;
 }
 
 // A backward of one gradient without a derivative of its own says so, whatever was asked.
@@ -88,11 +94,8 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
                         const OptionalTensor& bias, const OptionalTensor& weight,
                         const AlgorithmPtr& algorithm, const Act& act) {
     auto [output, saved] = algorithm->forward(*input, value(bias), act);
-    const State& state =
-        keep(context, c10::make_intrusive<State>(algorithm, act, Arguments{input, bias, weight}));
-    variable_list kept{saved};
-    if (state.arguments.wants(kWeight)) kept.insert(kept.end(), {*input, *weight});
-    context->save_for_backward(std::move(kept));
+    keep(context, c10::make_intrusive<State>(algorithm, act, Arguments{input, bias, weight}),
+         {saved}, input, weight);
     return output;
   }
 
@@ -105,9 +108,6 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
                                                             needs(kInput), needs(kBias), trained);
     return {input, needs(kBias) ? bias : Tensor(), weight, Tensor(), Tensor()};
   }
-
- private:
-  enum { kInput, kBias, kWeight };
 };
 
 // act(conv(input) + bias + residual); saves the same.
@@ -118,12 +118,9 @@ class ConvAddAct : public torch::autograd::Function<ConvAddAct> {
                         const OptionalTensor& residual, const AlgorithmPtr& algorithm,
                         const Act& act) {
     auto [output, saved] = algorithm->forward_add(*input, value(bias), *residual, act);
-    const State& state =
-        keep(context,
-             c10::make_intrusive<State>(algorithm, act, Arguments{input, bias, weight, residual}));
-    variable_list kept{saved};
-    if (state.arguments.wants(kWeight)) kept.insert(kept.end(), {*input, *weight});
-    context->save_for_backward(std::move(kept));
+    keep(context,
+         c10::make_intrusive<State>(algorithm, act, Arguments{input, bias, weight, residual}),
+         {saved}, input, weight);
     return output;
   }
 
@@ -144,7 +141,7 @@ class ConvAddAct : public torch::autograd::Function<ConvAddAct> {
   }
 
  private:
-  enum { kInput, kBias, kWeight, kResidual };
+  enum { kResidual = kWeight + 1 };
 };
 
 // act(batch_norm(conv(input) + bias) + residual) with batch statistics.
@@ -164,19 +161,17 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
     const auto [z, mean, scale, shift, invstd] = algorithm->forward_norm(*input, value(bias), norm);
     auto [output, mask] = algorithm->kernels.apply.call(z, scale, shift, residual, act.kind,
                                                         act.slope, act.pool, /*need_mask=*/true);
-    State& state =
-        keep(context, c10::make_intrusive<State>(
-                          algorithm, act, Arguments{input, bias, weight, gamma, beta, residual}));
-    state.size = {z.size(2), z.size(3)};
-    const auto wants = [&](int argument) { return state.arguments.wants(argument); };
-    variable_list kept{act.none() || act.smooth() ? Tensor() : mask};
+    auto state = c10::make_intrusive<State>(algorithm, act,
+                                            Arguments{input, bias, weight, gamma, beta, residual});
+    state->size = {z.size(2), z.size(3)};
+    const auto wants = [&](int argument) { return state->arguments.wants(argument); };
+    variable_list saved{act.none() || act.smooth() ? Tensor() : mask};
     if (wants(kInput) || wants(kWeight) || wants(kGamma) || act.smooth()) {
       const Tensor none;
-      kept.insert(kept.end(), {z, mean, invstd, value(gamma), act.smooth() ? scale : none,
-                               act.smooth() ? shift : none});
-      if (wants(kWeight)) kept.insert(kept.end(), {*input, *weight});
+      saved.insert(saved.end(), {z, mean, invstd, value(gamma), act.smooth() ? scale : none,
+                                 act.smooth() ? shift : none});
     }
-    context->save_for_backward(std::move(kept));
+    keep(context, std::move(state), std::move(saved), input, weight);
     return output;
   }
 
@@ -217,7 +212,7 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
   }
 
  private:
-  enum { kInput, kBias, kWeight, kGamma, kBeta, kResidual, kAlgorithm, kNorm, kAct, kArguments };
+  enum { kGamma = kWeight + 1, kBeta, kResidual, kAlgorithm, kNorm, kAct, kArguments };
 };
 
 }  // namespace

@@ -90,6 +90,22 @@ bool on_cpu(const Chain& chain) { return chain.call().device.is_cpu(); }
 
 Read read(const std::optional<at::Tensor>& tensor) { return Read(tensor.value_or(at::Tensor())); }
 
+// A chain of nothing yet, behind an image that is there.
+std::shared_ptr<Chain> behind(const at::Tensor& image, pybind11::object layer) {
+  Session* session = Session::current();
+  if (session == nullptr || !session->undisturbed() || as_deferred(image) || !is_plain(image) ||
+      image.dim() != 4 || format_of(image) != at::MemoryFormat::ChannelsLast ||
+      !image.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return nullptr;
+  const bool differentiable = at::GradMode::is_enabled() && image.requires_grad();
+  auto call = std::make_shared<Call>(Call{session->shared_from_this(), std::move(layer),
+                                          pybind11::none(), Read(image), Read(), Read(), false,
+                                          image.scalar_type(), image.device()});
+  return std::make_shared<Chain>(std::move(call), Kind::CONV, image.sizes().vec(),
+                                 at::MemoryFormat::ChannelsLast, differentiable,
+                                 depth_behind({image}));
+}
+
 }  // namespace
 
 std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object plan, bool is_conv,
@@ -123,26 +139,6 @@ std::optional<at::Tensor> begin_chain(pybind11::object layer, pybind11::object p
   return defer(std::make_shared<Chain>(std::move(call), is_conv ? Kind::CONV : Kind::LINEAR,
                                        std::move(sizes), format, differentiable, depth));
 }
-
-namespace {
-
-// A chain of nothing yet, behind an image that is there.
-std::shared_ptr<Chain> behind(const at::Tensor& image, pybind11::object layer) {
-  Session* session = Session::current();
-  if (session == nullptr || !session->undisturbed() || as_deferred(image) || !is_plain(image) ||
-      image.dim() != 4 || format_of(image) != at::MemoryFormat::ChannelsLast ||
-      !image.is_contiguous(at::MemoryFormat::ChannelsLast))
-    return nullptr;
-  const bool differentiable = at::GradMode::is_enabled() && image.requires_grad();
-  auto call = std::make_shared<Call>(Call{session->shared_from_this(), std::move(layer),
-                                          pybind11::none(), Read(image), Read(), Read(), false,
-                                          image.scalar_type(), image.device()});
-  return std::make_shared<Chain>(std::move(call), Kind::CONV, image.sizes().vec(),
-                                 at::MemoryFormat::ChannelsLast, differentiable,
-                                 depth_behind({image}));
-}
-
-}  // namespace
 
 std::optional<at::Tensor> append_norm(const at::Tensor& input, const NormArguments& norm) {
   const auto lock = hold_session();

@@ -199,9 +199,7 @@ class Engine:
         """The layer's weight, if the layer may run fused on `input`, and whether it trains."""
         weight = layer._parameters.get("weight")
         trains = not layer.skip_wgrad and (weight is None or weight.requires_grad)
-        if (
-            trains and self.packed.holds_any()
-        ):  # what is made of a weight that trains serves one call only
+        if trains:  # what is made of a weight that trains serves one call only
             self.packed.drop((layer,))
         if (
             type(input) not in (Tensor, nn.Parameter)

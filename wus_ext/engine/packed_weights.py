@@ -137,15 +137,13 @@ class PackedWeights:
         copies = [copy for own in list(self._layers.values()) for copy in list(own.values())]
         return sum(copy.tensor.nbytes for copy in copies) + self._lent()
 
-    def holds_any(self) -> bool:
-        """Whether there are copies at all."""
-        return len(self._layers) > 0
-
     def drop(self, layers: Iterable[nn.Module] | None = None) -> None:
         """Drops the copies of these layers' weights, or of all, but for those that are checked.
 
         A graph that still needs one keeps it until its backward has run.
         """
+        if not self._layers:
+            return
         for layer in list(self._layers) if layers is None else layers:
             own = self._layers.pop(layer, {})
             kept = {name: copy for name, copy in own.items() if copy.values is not None}
