@@ -41,6 +41,12 @@ TORCH_LIBRARY(wus, m) {
       "bool need_grad_input=True, int[] pool=[2, 2, 0, 0]) -> "
       "(Tensor grad_input, Tensor grad_bias)");
 
+  // Backward of images times a gate [N, C, 1, 1], on the CPU. The gate's gradient wants the input;
+  // without it, and without need_grad_input, that gradient is [0].
+  m.def(
+      "gate_grad(Tensor grad_output, Tensor? input, Tensor gate, bool need_grad_input=True) -> "
+      "(Tensor grad_input, Tensor grad_gate)");
+
   m.def(
       "dropout_mask(Tensor input, float p=0.5, Generator? generator=None) -> "
       "(Tensor output, Tensor mask)");

@@ -42,15 +42,6 @@ at::Tensor with(const at::Tensor& self, const std::shared_ptr<Chain>& chain, Ste
   return self;
 }
 
-bool is_plain(const at::Tensor& tensor) {
-  constexpr auto odd = c10::DispatchKeySet(
-      {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
-       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
-       c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
-  return tensor.layout() == at::kStrided && !tensor.key_set().has_any(odd) &&
-         !tensor._fw_grad(/*level=*/0).defined();
-}
-
 // The layout that torch's convolutions give: channels_last where either suggests it.
 at::MemoryFormat format_of(const at::Tensor& tensor) {
   return tensor.dim() == 4 ? tensor.suggest_memory_format() : at::MemoryFormat::Contiguous;

@@ -183,6 +183,15 @@ Deferred* as_deferred(const at::Tensor& tensor) {
   return impl->key_set().has(kKey) ? static_cast<Deferred*>(impl) : nullptr;
 }
 
+bool is_plain(const at::Tensor& tensor) {
+  constexpr auto odd = c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
+       c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+  return tensor.layout() == at::kStrided && !tensor.key_set().has_any(odd) &&
+         !tensor._fw_grad(/*level=*/0).defined();
+}
+
 at::Tensor defer(std::shared_ptr<Chain> chain) {
   chain->session()->add(chain);
   return at::detail::make_tensor<Deferred>(std::move(chain));

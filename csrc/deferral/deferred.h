@@ -67,6 +67,8 @@ class Deferred final : public c10::TensorImpl {
 
 // The deferred tensor that this one is, or null where it is none (any more).
 Deferred* as_deferred(const at::Tensor& tensor);
+// Whether a tensor is one of numbers in memory and no more: no subclass, transform or tangent.
+bool is_plain(const at::Tensor& tensor);
 // A new one.
 at::Tensor defer(std::shared_ptr<Chain> chain);
 

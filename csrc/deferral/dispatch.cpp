@@ -1,6 +1,7 @@
 // What an operator does that is handed a deferred tensor: a chain takes in the few that it can, for
 // every other the tensor is computed first.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/adaptive_avg_pool2d.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/dropout.h>
@@ -11,6 +12,8 @@
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/relu6.h>
 #include <ATen/ops/sigmoid.h>
@@ -26,6 +29,7 @@
 #include "common/activation.h"
 #include "deferral/append.h"
 #include "deferral/deferred.h"
+#include "deferral/gate.h"
 #include "deferral/session.h"
 
 namespace wus::deferral {
@@ -131,6 +135,31 @@ at::Tensor& add_(at::Tensor& self, const at::Tensor& other, const at::Scalar& al
   return self.add_(other, alpha);
 }
 
+at::Tensor mul(const at::Tensor& self, const at::Tensor& other) {
+  if (auto output = times_gate(self, other)) return *output;
+  before_use(self, false);
+  before_use(other, false);
+  Through through(kKey);
+  return at::mul(self, other);
+}
+
+at::Tensor mean(const at::Tensor& self, at::OptionalIntArrayRef dims, bool keepdim,
+                std::optional<at::ScalarType> dtype) {
+  if (!dtype) {
+    if (auto output = mean_of_pixels(self, dims, keepdim)) return *output;
+  }
+  before_use(self, false);
+  Through through(kKey);
+  return at::mean(self, dims, keepdim, dtype);
+}
+
+at::Tensor adaptive_avg_pool2d(const at::Tensor& self, at::IntArrayRef output_size) {
+  if (auto output = average_of_pixels(self, output_size)) return *output;
+  before_use(self, false);
+  Through through(kKey);
+  return at::adaptive_avg_pool2d(self, output_size);
+}
+
 at::Tensor max_pool2d(const at::Tensor& self, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                       at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
   // What stands for both dimensions, if one does.
@@ -229,6 +258,9 @@ TORCH_LIBRARY_IMPL(aten, TESTING_ONLY_GenericWrapper, m) {
   m.impl("gelu_", &gelu_);
   m.impl("add.Tensor", &add);
   m.impl("add_.Tensor", &add_);
+  m.impl("mul.Tensor", &mul);
+  m.impl("mean.dim", &mean);
+  m.impl("adaptive_avg_pool2d", &adaptive_avg_pool2d);
   m.impl("max_pool2d", &max_pool2d);
   m.impl("batch_norm", &batch_norm);
   m.impl("dropout", &dropout);

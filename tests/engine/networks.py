@@ -29,6 +29,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "clamp": lambda x: x.clamp(-1, 1),
 }
+
+#: Squeeze-and-excitation: what is squeezed, and the product with its gate.
+GATES: dict[str, Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]] = {
+    "pool": lambda x, gate: gate(F.adaptive_avg_pool2d(x, 1)) * x,
+    "mean": lambda x, gate: x * gate(x.mean((2, 3), keepdim=True)),
+}
+
 #: Where an activation's slope jumps.
 KINKS = {
     "ReLU": (0,), "ReLU in place": (0,), "relu": (0,), "relu_": (0,), "ReLU6": (0, 6),
@@ -36,15 +43,23 @@ KINKS = {
     "Hardswish in place": (-3, 3), "clamp": (-1, 1),
 }  # fmt: skip
 
+
+class GroupNorm(nn.GroupNorm):
+    """Always with a gradient to hand back: else stock's crashes on channels_last (torch 2.11)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not input.requires_grad:
+            input = input.detach().requires_grad_()
+        return super().forward(input)
+
+
 NORMS = {
     "batch": nn.BatchNorm2d,
     "batch, not affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
     "batch, not tracked": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
-    "group": lambda channels: nn.GroupNorm(math.gcd(channels, 4), channels),
+    "group": lambda channels: GroupNorm(math.gcd(channels, 4), channels),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
 }
-#: Without a gradient to hand back, stock's group norm of channels_last crashes (torch 2.11).
-FIRST_NORMS = [name for name in NORMS if name != "group"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Block:
-    """[norm +] conv [+ norm] [+ residual] [+ activation] [+ pool] [+ dropout]."""
+    """[norm +] conv [+ norm] [+ residual] [+ activation] [+ gate] [+ pool] [+ dropout]."""
 
     channels: int
     kernel: tuple[int, int]
@@ -71,6 +86,7 @@ class Block:
     norm: str | None
     residual: str | None
     activation: str | None
+    gate: str | None
     pool: Pool | None
     dropout: float
 
@@ -117,10 +133,11 @@ def blocks(draw, inputs: int) -> Block:
         draw(either(1, 1, 1, 2)),
         groups if inputs % groups == 0 and channels % groups == 0 else 1,
         draw(st.booleans()),
-        draw(either(None, None, *FIRST_NORMS)),
+        draw(either(None, None, *NORMS)),
         draw(optional(either(*NORMS))),
         draw(either(None, None, "x + y", "y + x", "y += x")),
         draw(optional(either(*ACTIVATIONS))),
+        draw(either(None, None, None, *GATES)),
         draw(optional(pool)),
         draw(either(0.0, 0.0, 0.3)),
     )
@@ -186,6 +203,9 @@ class ConvBlock(nn.Module):
         if block.residual and y.shape != x.shape:
             self.shortcut = nn.Conv2d(x.size(1), y.size(1), 1, bias=False)
         self.activation = Activation(block.activation) if block.activation else None
+        self.gate = block.gate
+        if block.gate:
+            self.excite = nn.Conv2d(y.size(1), y.size(1), 1)
         self.pool = None
         if block.pool and min(y.shape[2:]) + 2 * block.pool.padding >= block.pool.kernel:
             kind = nn.MaxPool2d if block.pool.kind == "max" else nn.AvgPool2d
@@ -205,7 +225,10 @@ class ConvBlock(nn.Module):
                 y += x
             else:
                 y = x + y if self.residual == "x + y" else y + x
-        return through(y, self.activation, self.pool, self.dropout)
+        y = through(y, self.activation)
+        if self.gate:
+            y = GATES[self.gate](y, lambda squeezed: torch.sigmoid(self.excite(squeezed)))
+        return through(y, self.pool, self.dropout)
 
 
 class DenseBlock(nn.Module):

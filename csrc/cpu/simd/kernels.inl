@@ -5,6 +5,7 @@
 #include "cpu/batch_norm/kernels.inl"
 #include "cpu/depthwise/kernels.inl"
 #include "cpu/elementwise/mask_kernels.inl"
+#include "cpu/gate/kernels.inl"
 #include "cpu/gemm/kernels.inl"
 #include "cpu/pool/kernels.inl"
 #include "cpu/strided/kernels.inl"

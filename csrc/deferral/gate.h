@@ -1,0 +1,19 @@
+#pragma once
+// Squeeze-and-excitation between chains: means of maps, and maps times a gate, which run by
+// themselves, at once; nothing where torch's own operator must.
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace wus::deferral {
+
+// self * other, of which one is a gate [N, C, 1, 1] of the other, [N, C, H, W].
+std::optional<at::Tensor> times_gate(const at::Tensor& self, const at::Tensor& other);
+
+// Of a chain's output that nobody looks at the gradient of: its mean over all pixels.
+std::optional<at::Tensor> mean_of_pixels(const at::Tensor& input, at::OptionalIntArrayRef dims,
+                                         bool keepdim);
+// The same as adaptive_avg_pool2d gives it.
+std::optional<at::Tensor> average_of_pixels(const at::Tensor& input, at::IntArrayRef output_size);
+
+}  // namespace wus::deferral

@@ -1,0 +1,256 @@
+"""Squeeze-and-excitation between chains: means of maps, and maps times a gate."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import SqueezeExcitation
+
+import wus_ext
+
+from .chains import images, saved_bytes, worst_error
+from .faithful import agree, twins
+
+GATE, MEAN = "Gate", "PixelMean"
+MODES = ("skip", "fused")
+
+
+class Library(nn.Module):
+    """Torchvision's: an adaptive pool, the gate first."""
+
+    def __init__(self, channels, activation):
+        super().__init__()
+        self.block = SqueezeExcitation(channels, 4, activation=activation)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class Own(nn.Module):
+    """As others write it: a mean, the image first."""
+
+    def __init__(self, channels, activation, keepdim=True):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+        self.activation, self.keepdim = activation(), keepdim
+
+    def forward(self, x):
+        y = x.mean((-1, 2), self.keepdim)
+        y = y if self.keepdim else y[:, :, None, None]
+        return x * torch.sigmoid(self.second(self.activation(self.first(y))))
+
+
+class Dropped(Own):
+    def __init__(self, channels, activation):
+        super().__init__(channels, activation, keepdim=False)
+
+
+class Net(nn.Module):
+    def __init__(self, kind=Library, activation=nn.ReLU, channels=8):
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.activation = activation()
+        self.gate = kind(channels, activation)
+        self.last = nn.Conv2d(channels, 6, 1)
+
+    def forward(self, x):
+        return self.last(self.gate(self.activation(self.norm(self.conv(x)))))
+
+
+def nodes(output):
+    """The gradient functions behind a tensor that are ours, by the end of their names."""
+    seen, left = set(), [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+    names = [node.name().split("::")[-1].rstrip(">") for node in seen]
+    return sorted(name for name in names if name in (GATE, MEAN))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [Library, Own, Dropped])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardswish])
+def test_it_is_fused_and_right(kind, activation, mode):
+    stock, ours = twins(Net, mode, kind, activation)
+    x = images((2, 3, 9, 7))
+    assert nodes(copy.deepcopy(ours)(x)) == [GATE, MEAN]
+    agree(stock, ours, x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(1, 9, 7), (2, 1, 7), (2, 9, 1), (1, 1, 1), (5, 2, 2)])
+@pytest.mark.parametrize("channels", [1, 2, 17])
+def test_any_size_has_stock_s_values_and_strides(size, channels, mode):
+    def net(kind):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, channels, 1), nn.ReLU(), kind(channels, nn.ReLU)
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    for kind in (Library, Own):
+        stock, ours = net(kind), wus_ext.convert(net(kind), full="fused")
+        wus_ext.set_skip(ours, mode == "skip")
+        x = images((size[0], 3, *size[1:]))
+        expected, actual = stock(x), ours(x)
+        assert actual.stride() == expected.stride()
+        torch.testing.assert_close(actual, expected)
+        assert worst_error(net(kind), wus_ext.convert(net(kind), full="fused"), x) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16(mode):
+    stock, ours = twins(Net, mode, Library, nn.SiLU)
+    exact, x = copy.deepcopy(stock).double(), images((4, 3, 16, 16))
+    gradients = []
+    for model, image in ((exact, x.double()), (stock, x), (ours, x)):
+        image = image.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
+            output = model(image)
+        if model is ours:
+            assert nodes(output) == [GATE, MEAN]
+        output.backward(torch.ones_like(output))
+        gradients.append(image.grad.double())
+    error = [(g - gradients[0]).norm() / gradients[0].norm() for g in gradients[1:]]
+    assert error[1] < 1.2 * error[0]
+
+
+class Bare(nn.Module):
+    """An image of the user's own, which no chain has made, and a function of it."""
+
+    def __init__(self, function, channels=3):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(-1, 1, channels).view(1, channels, 1, 1))
+        self.conv, self.function = nn.Conv2d(channels, 4, 1), function
+
+    def forward(self, x):
+        return self.conv(self.function(x, self.scale))
+
+
+FUNCTIONS = {
+    "gate of every image": lambda x, s: x * s.expand(len(x), -1, 1, 1),
+    "gate of the batch": lambda x, s: x * s,
+    "map": lambda x, s: x * x.mean(1, keepdim=True).sigmoid(),
+    "number": lambda x, s: x * 2.0,
+    "square": lambda x, s: x * x,
+    "other type": lambda x, s: (x * s.expand(len(x), -1, 1, 1).double()).float(),
+    "gate in another layout": lambda x, s: x * s.expand(len(x), 3, 2, 2)[..., 1:, 1:],
+    "in place": lambda x, s: x.clone().mul_(s.expand(len(x), -1, 1, 1)),
+    "mean of the type asked for": lambda x, s: (
+        x * x.mean((2, 3), True, dtype=torch.float64).float()
+    ),
+    "mean of lines": lambda x, s: x * x.mean(2, True),
+    "mean of channels": lambda x, s: x * x.mean((1, 2), True),
+    "mean of all": lambda x, s: x * x.mean(),
+    "smaller": lambda x, s: x * F.interpolate(F.adaptive_avg_pool2d(x, (1, 2)), x.shape[2:]),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_neighbours(name, mode):
+    stock, ours = twins(Bare, mode, FUNCTIONS[name])
+    agree(stock, ours, images((2, 3, 8, 8)))
+
+
+class Seen(Net):
+    """Somebody looks at the gradient of what is squeezed."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def forward(self, x):
+        x = self.activation(self.norm(self.conv(x)))
+        self.look(self, x, False)
+        y = x.mean((2, 3), True)
+        self.look(self, x, True)
+        return self.last(x * y)
+
+
+def hooked(model, x, behind):
+    if not behind:
+        x.register_hook(lambda g: g.mul_(2))
+
+
+def retained(model, x, behind):
+    if behind:
+        x.retain_grad()
+        model.inner = x
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("look", [hooked, retained])
+def test_gradients_that_are_looked_at(look, mode):
+    stock, ours = twins(Seen, mode, look)
+    agree(stock, ours, images((2, 3, 9, 7)))
+    if look is retained:
+        torch.testing.assert_close(ours.inner.grad, stock.inner.grad, rtol=1e-5, atol=1e-6)
+        ours.inner.grad.mul_(2)
+
+
+class Alone(Bare):
+    """Without a fused layer in the way."""
+
+    def forward(self, x):
+        return self.function(x, self.scale)
+
+
+def test_the_gate_has_a_second_derivative():
+    image = images((2, 3, 8, 8))
+
+    def twice(model):
+        x = image.clone().requires_grad_()
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, model.scale])
+
+    stock, ours = twins(Alone, "fused", FUNCTIONS["gate of every image"])
+    assert nodes(ours(image)) == [GATE]
+    for actual, expected in zip(twice(ours), twice(stock), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_an_image_that_was_changed_is_refused_as_by_stock():
+    stock, ours = twins(
+        Bare, "fused", lambda x, s: kept.append(x * 1) or kept[-1] * s.expand(2, -1, 1, 1)
+    )
+    for model in (stock, ours):
+        kept = []
+        output = model(images((2, 3, 8, 8)))
+        kept[0].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+def test_no_more_is_saved_than_by_stock():
+    stock, ours = twins(Net, "skip", Own, nn.ReLU)
+    x = images((4, 3, 32, 32))
+    assert saved_bytes(ours, x)[0] <= saved_bytes(stock, x)[0]
+
+
+def test_without_gradients_it_is_torch_s():
+    _, ours = twins(Net, "skip")
+    with torch.no_grad():
+        assert ours(images()).grad_fn is None
+
+
+class Statistics(nn.Module):
+    """A gate that is a view of running statistics, which the norm is about to move."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return self.last(x * self.norm.running_mean.view(1, -1, 1, 1)) + self.last(y)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_running_statistics_as_a_gate(mode):
+    agree(*twins(Statistics, mode), images((1, 3, 8, 8)))
