@@ -233,6 +233,19 @@ def test_no_more_is_saved_than_by_stock():
     assert saved_bytes(ours, x)[0] <= saved_bytes(stock, x)[0]
 
 
+@pytest.mark.parametrize("kind", [Library, Own])
+def test_stock_full_steps_are_stock_bit_for_bit(kind):
+    torch.manual_seed(0)
+    stock = Net(kind).to(memory_format=torch.channels_last)
+    ours, x = wus_ext.convert(copy.deepcopy(stock)), images((2, 3, 9, 7))
+    for model in (stock, ours):
+        output = model(x)
+        assert nodes(output) == []
+        output.square().sum().backward()
+    for actual, expected in zip(ours.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(actual.grad, expected.grad)
+
+
 def test_without_gradients_it_is_torch_s():
     _, ours = twins(Net, "skip")
     with torch.no_grad():

@@ -45,6 +45,20 @@ def test_a_skip_step_holds_no_more_than_stocks_full_step(model, batch):
     assert held(skip, x) <= held(stock, x)
 
 
+@pytest.mark.parametrize("model", [network(), Block(16), network(128)], ids=["64", "block", "128"])
+@pytest.mark.parametrize("batch", [32, 128])
+@pytest.mark.parametrize("how", ["a window", "requires_grad=False"])
+def test_a_step_for_the_input_s_gradient_holds_no_more_than_stock_s(model, batch, how):
+    stock = copy.deepcopy(model).to(memory_format=torch.channels_last).requires_grad_(False)
+    ours = copy.deepcopy(stock)
+    if how == "a window":  # in which stock has no gradients to hold, either
+        wus_ext.set_skip(wus_ext.convert(ours.requires_grad_(True)), True, skip_biases=True)
+    else:
+        wus_ext.convert(ours)
+    x = images((batch, next(stock.parameters()).size(1), 16, 16)).requires_grad_()
+    assert held(ours, x) <= held(stock, x)
+
+
 def test_without_a_budget_all_is_kept():
     x = images((8, 3, 16, 16))
     sizes = {}

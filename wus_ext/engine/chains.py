@@ -77,8 +77,7 @@ def run_conv(
     own = Weight(conv, weight.detach(), (weight,), weight_trains)
     images = input.size(0)
     if not weight_trains and torch.is_grad_enabled():
-        gradient = weight.nbytes if weight.requires_grad else 0
-        engine.packed.saves(conv, gradient + saved_by(act, plan.sizes, plan.dtype))
+        engine.packed.saves(conv, weight, saved_by(act, plan.sizes, plan.dtype))
 
     def algorithm(weight: Weight, backward: bool) -> Algorithm:
         geometry, options = plan.geometry, engine.options
@@ -149,7 +148,7 @@ def run_linear(
         product = Products.training(linear, weight, input.dtype)
         return LinearAct.apply(input, bias, weight, product, act, noise, p)
     if torch.is_grad_enabled():
-        engine.packed.saves(linear, weight.nbytes + saved_by(act, plan.sizes, plan.dtype))
+        engine.packed.saves(linear, weight, saved_by(act, plan.sizes, plan.dtype))
     product = Products.frozen(linear, weight, input, engine.packed, wants_dgrad(input))
     return LinearAct.apply(input, bias, None, product, act, noise, p)
 

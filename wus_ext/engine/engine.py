@@ -271,7 +271,7 @@ class Engine:
         self, layer: nn.Module, weight: Tensor, library: Library, dtype: torch.dtype
     ) -> Tensor:
         """A weight that stands still as the library takes it; kept, for no gradient is."""
-        self.packed.saves(layer, weight.nbytes if weight.requires_grad else 0)
+        self.packed.saves(layer, weight, 0)
         return cast(Weight(layer, weight.detach(), (weight,)), self.packed, library, dtype)
 
     def run(

@@ -62,7 +62,7 @@ class PackedWeights:
 
     Args:
         budget: bytes that all copies may take together; "auto" for what the layers save against
-            stock's full step, as told by :meth:`saves`; None for no limit.
+            stock, as told by :meth:`saves`; None for no limit.
     """
 
     def __init__(self, budget: int | Literal["auto"] | None = None) -> None:
@@ -99,8 +99,14 @@ class PackedWeights:
             copy = copies[name] = _Copy(tuple(map(_Source, sources)), make(), values)
         return copy.tensor
 
-    def saves(self, layer: nn.Module, nbytes: int) -> None:
-        """Notes what a layer's skip step holds less than stock's full step."""
+    def saves(self, layer: nn.Module, weight: Tensor, nbytes: int) -> None:
+        """Notes what a layer's step holds less than stock's of the same kind.
+
+        Args:
+            nbytes: less saved for backward; a gradient that stock's step makes comes on top.
+        """
+        if weight.requires_grad and not getattr(layer, "skip_biases", False):
+            nbytes += weight.nbytes
         before = self._savings.get(layer, 0)
         if nbytes != before:
             self._savings[layer] = nbytes
