@@ -41,10 +41,10 @@ TORCH_LIBRARY(wus, m) {
       "bool need_grad_input=True, int[] pool=[2, 2, 0, 0]) -> "
       "(Tensor grad_input, Tensor grad_bias)");
 
-  // Backward of images times a gate [N, C, 1, 1], on the CPU. The gate's gradient wants the input;
-  // without it, and without need_grad_input, that gradient is [0].
+  // Backward of images times a gate [N, C, 1, 1], on the CPU. grad_input where gate is given,
+  // grad_gate where input is; else [0].
   m.def(
-      "gate_grad(Tensor grad_output, Tensor? input, Tensor gate, bool need_grad_input=True) -> "
+      "gate_grad(Tensor grad_output, Tensor? input=None, Tensor? gate=None) -> "
       "(Tensor grad_input, Tensor grad_gate)");
 
   m.def(

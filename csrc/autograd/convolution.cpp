@@ -94,6 +94,7 @@ class SkipConvolution : public torch::autograd::Function<SkipConvolution> {
                         const OptionalTensor& bias, SymIntArrayRef stride, SymIntArrayRef padding,
                         SymIntArrayRef dilation, bool transposed, SymIntArrayRef output_padding,
                         const c10::SymInt& groups) {
+    ctx->set_materialize_grads(false);
     if (input.requires_grad()) ctx->save_for_backward({weight});
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->saved_data["has_bias"] = bias.has_value();

@@ -6,6 +6,7 @@
 #include <ATen/ops/mean.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <optional>
 #include <tuple>
@@ -15,22 +16,25 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
+using torch::autograd::Node;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor> gradients(const Tensor& grad, const OptionalTensor& input,
-                                     const Tensor& gate, bool need_input) {
+                                     const OptionalTensor& gate) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("wus::gate_grad", "")
                              .typed<std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&,
-                                                               const Tensor&, bool)>();
-  return op.call(grad, input, gate, need_input);
+                                                               const OptionalTensor&)>();
+  return op.call(grad, input, gate);
 }
 
 class Gate : public torch::autograd::Function<Gate> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& gate) {
-    context->save_for_backward({gate.requires_grad() ? input : Tensor(), gate});
+    context->set_materialize_grads(false);
+    context->save_for_backward(
+        {gate.requires_grad() ? input : Tensor(), input.requires_grad() ? gate : Tensor()});
     return at::mul(input, gate);
   }
 
@@ -38,37 +42,50 @@ class Gate : public torch::autograd::Function<Gate> {
     const Tensor& grad = grads[0];
     if (!grad.defined()) return {Tensor(), Tensor()};
     const auto saved = context->get_saved_variables();
-    const Tensor &input = saved[0], &gate = saved[1];
-    const bool need_input = context->needs_input_grad(0), need_gate = context->needs_input_grad(1);
-    if (at::GradMode::is_enabled()) {  // of operators that have a derivative
-      return {need_input ? at::mul(grad, gate) : Tensor(),
-              need_gate ? at::mul(grad, input).sum({2, 3}, /*keepdim=*/true) : Tensor()};
+    const auto wanted = [&](int argument) {
+      return context->needs_input_grad(argument) ? OptionalTensor(saved[1 - argument])
+                                                 : std::nullopt;
+    };
+    const OptionalTensor gate = wanted(0), input = wanted(1);
+    // Torch's own have a derivative, and keep another layout.
+    if (at::GradMode::is_enabled() || !grad.is_contiguous(at::MemoryFormat::ChannelsLast)) {
+      return {gate ? at::mul(grad, *gate) : Tensor(),
+              input ? at::mul(grad, *input).sum({2, 3}, /*keepdim=*/true) : Tensor()};
     }
-    const auto [grad_input, grad_gate] =
-        gradients(grad, need_gate ? OptionalTensor(input) : std::nullopt, gate, need_input);
-    return {need_input ? grad_input : Tensor(), need_gate ? grad_gate : Tensor()};
+    const auto [grad_input, grad_gate] = gradients(grad, input, gate);
+    return {gate ? grad_input : Tensor(), input ? grad_gate : Tensor()};
   }
 };
 
-enum class Mean { kDropped, kKept, kPooled };
-
-Tensor mean_of(const Tensor& input, Mean mean) {
-  if (mean == Mean::kPooled) return at::adaptive_avg_pool2d(input, {1, 1});
-  return at::mean(input, {2, 3}, mean == Mean::kKept);
+// Whether anybody but the function itself is handed a function's gradient in this pass.
+bool is_looked_at(Node& function) {
+  if (!function.pre_hooks().empty() || !function.tensor_pre_hooks().empty() ||
+      !function.retains_grad_hooks().empty())
+    return true;
+  const auto* tasks = torch::autograd::get_current_graph_task_exec_info();
+  if (tasks == nullptr) return false;
+  const auto found = tasks->find(&function);
+  return found != tasks->end() && found->second.captures_ != nullptr;
 }
 
-class PixelMean : public torch::autograd::Function<PixelMean> {
+class GlobalMeanFunction : public torch::autograd::Function<GlobalMeanFunction> {
  public:
-  static Tensor forward(AutogradContext* context, const Tensor& input, Mean mean) {
+  static Tensor forward(AutogradContext* context, const Tensor& input, GlobalMean kind) {
+    context->set_materialize_grads(false);
     context->saved_data["sizes"] = input.sizes();
-    return mean_of(input, mean);
+    if (kind == GlobalMean::kPool) return at::adaptive_avg_pool2d(input, {1, 1});
+    return at::mean(input, {2, 3}, kind == GlobalMean::kMeanKeepDim);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     if (!grads[0].defined()) return {Tensor(), Tensor()};
     const auto sizes = context->saved_data["sizes"].toIntVector();
-    const Tensor each = at::div(grads[0], at::Scalar(sizes[2] * sizes[3]));
-    return {each.view({sizes[0], sizes[1], 1, 1}).expand(sizes), Tensor()};
+    const Tensor grad = grads[0].view({sizes[0], sizes[1], 1, 1});
+    const at::Scalar pixels(sizes[2] * sizes[3]);
+    const auto behind = torch::autograd::get_current_node()->next_edge(0).function;
+    const bool as_torch = behind == nullptr || is_looked_at(*behind);
+    return {as_torch ? at::div(grad.expand(sizes), pixels) : at::div(grad, pixels).expand(sizes),
+            Tensor()};
   }
 };
 
@@ -76,10 +93,8 @@ class PixelMean : public torch::autograd::Function<PixelMean> {
 
 Tensor gated(const Tensor& input, const Tensor& gate) { return Gate::apply(input, gate); }
 
-Tensor pixel_mean(const Tensor& input, bool keep) {
-  return PixelMean::apply(input, keep ? Mean::kKept : Mean::kDropped);
+Tensor global_mean(const Tensor& input, GlobalMean kind) {
+  return GlobalMeanFunction::apply(input, kind);
 }
-
-Tensor pixel_average(const Tensor& input) { return PixelMean::apply(input, Mean::kPooled); }
 
 }  // namespace wus

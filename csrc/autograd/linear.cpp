@@ -19,6 +19,7 @@ class SkipLinear : public torch::autograd::Function<SkipLinear> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias) {
+    ctx->set_materialize_grads(false);
     if (input.requires_grad()) ctx->save_for_backward({weight});
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->saved_data["has_bias"] = bias.has_value();

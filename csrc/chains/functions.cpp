@@ -53,10 +53,11 @@ const char* const kState = "state";
 enum { kInput, kBias, kWeight };
 
 // Keeps the state, and saves for backward: `saved`, and behind it what the weight's gradient needs,
-// where the weight trains.
+// where the weight trains. Of a gradient that there is not, backward makes none.
 void keep(AutogradContext* context, c10::intrusive_ptr<State> state, variable_list saved,
           const OptionalTensor& input, const OptionalTensor& weight) {
   if (state->arguments.wants(kWeight)) saved.insert(saved.end(), {*input, *weight});
+  context->set_materialize_grads(false);
   context->save_for_backward(std::move(saved));
   context->saved_data[kState] = c10::IValue::make_capsule(std::move(state));
 }
@@ -79,11 +80,12 @@ Trained trained_from(const variable_list& saved, size_t first) {
 
 class Enter : public torch::autograd::Function<Enter> {
  public:
-  static Tensor forward(AutogradContext*, const Tensor& input) {
+  static Tensor forward(AutogradContext* context, const Tensor& input) {
+    context->set_materialize_grads(false);
     return input.contiguous(at::MemoryFormat::ChannelsLast);
   }
   static variable_list backward(AutogradContext*, const variable_list& grads) {
-    return {grads[0].contiguous()};
+    return {grads[0].defined() ? grads[0].contiguous() : Tensor()};
   }
 };
 
@@ -101,6 +103,7 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto state = first_order(context);
+    if (!grads[0].defined()) return variable_list(5);
     const auto saved = context->get_saved_variables();
     const auto needs = [&](int argument) { return state->arguments.needs(argument, *context); };
     const Trained trained = needs(kWeight) ? trained_from(saved, 1) : Trained{};
@@ -126,6 +129,7 @@ class ConvAddAct : public torch::autograd::Function<ConvAddAct> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto state = first_order(context);
+    if (!grads[0].defined()) return variable_list(6);
     const auto saved = context->get_saved_variables();
     const auto needs = [&](int argument) { return state->arguments.needs(argument, *context); };
     const bool input = needs(kInput), weight = needs(kWeight), residual = needs(kResidual);
@@ -177,6 +181,7 @@ class ConvNormAct : public torch::autograd::Function<ConvNormAct> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto state = first_order(context);
+    if (!grads[0].defined()) return variable_list(kArguments);
     const auto saved = context->get_saved_variables();
     const auto needs = [&](int argument) { return state->arguments.needs(argument, *context); };
     const Kernels& kernels = state->algorithm->kernels;

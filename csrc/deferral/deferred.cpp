@@ -188,7 +188,7 @@ bool is_plain(const at::Tensor& tensor) {
       {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
        c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
        c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
-  return tensor.layout() == at::kStrided && !tensor.key_set().has_any(odd) &&
+  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.key_set().has_any(odd) &&
          !tensor._fw_grad(/*level=*/0).defined();
 }
 

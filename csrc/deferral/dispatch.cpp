@@ -146,18 +146,18 @@ at::Tensor mul(const at::Tensor& self, const at::Tensor& other) {
 at::Tensor mean(const at::Tensor& self, at::OptionalIntArrayRef dims, bool keepdim,
                 std::optional<at::ScalarType> dtype) {
   if (!dtype) {
-    if (auto output = mean_of_pixels(self, dims, keepdim)) return *output;
+    if (auto output = mean_over_pixels(self, dims, keepdim)) return *output;
   }
   before_use(self, false);
   Through through(kKey);
   return at::mean(self, dims, keepdim, dtype);
 }
 
-at::Tensor adaptive_avg_pool2d(const at::Tensor& self, at::IntArrayRef output_size) {
-  if (auto output = average_of_pixels(self, output_size)) return *output;
+at::Tensor adaptive_avg_pool2d(const at::Tensor& self, c10::SymIntArrayRef output_size) {
+  if (auto output = pooled_to_one(self, c10::asIntArrayRefSlowOpt(output_size))) return *output;
   before_use(self, false);
   Through through(kKey);
-  return at::adaptive_avg_pool2d(self, output_size);
+  return at::adaptive_avg_pool2d_symint(self, output_size);
 }
 
 at::Tensor max_pool2d(const at::Tensor& self, at::IntArrayRef kernel_size, at::IntArrayRef stride,

@@ -1,7 +1,8 @@
 #include "deferral/gate.h"
 
+#include <ATen/WrapDimUtils.h>
+
 #include <algorithm>
-#include <utility>
 
 #include "autograd/gate.h"
 #include "deferral/deferred.h"
@@ -20,23 +21,25 @@ bool undisturbed() {
 
 // An image that our kernels take, in a layout that leaves no strides open.
 bool is_image(const at::Tensor& t) {
-  return t.dim() == 4 && t.device().is_cpu() && is_plain(t) && t.size(1) > 1 && t.size(2) > 1 &&
+  return is_plain(t) && t.dim() == 4 && t.device().is_cpu() && t.size(1) > 1 && t.size(2) > 1 &&
          t.size(3) > 1 && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16) &&
          t.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 bool is_gate_of(const at::Tensor& gate, const at::Tensor& image) {
-  return gate.dim() == 4 && gate.size(0) == image.size(0) && gate.size(1) == image.size(1) &&
-         gate.size(2) == 1 && gate.size(3) == 1 && gate.scalar_type() == image.scalar_type() &&
-         gate.device().is_cpu() && is_plain(gate);
+  return is_plain(gate) && gate.dim() == 4 && gate.size(0) == image.size(0) &&
+         gate.size(1) == image.size(1) && gate.size(2) == 1 && gate.size(3) == 1 &&
+         gate.scalar_type() == image.scalar_type() && gate.device().is_cpu();
 }
 
-// Computes a chain's output. Whoever looks at a gradient expects memory of its own behind it.
-bool settles_unobserved(const at::Tensor& tensor) {
-  Deferred* deferred = as_deferred(tensor);
-  if (deferred == nullptr || deferred->is_observed()) return false;
+// The mean of a chain's output of which nobody has asked for a gradient before it was computed.
+std::optional<at::Tensor> mean(const at::Tensor& input, GlobalMean kind) {
+  Deferred* deferred = as_deferred(input);
+  if (deferred == nullptr || deferred->is_observed() || !undisturbed() || !input.requires_grad())
+    return std::nullopt;
   deferred->settle();
-  return true;
+  Through through(kKey);
+  return is_image(input) ? std::optional(global_mean(input, kind)) : std::nullopt;
 }
 
 }  // namespace
@@ -53,24 +56,20 @@ std::optional<at::Tensor> times_gate(const at::Tensor& self, const at::Tensor& o
   return std::nullopt;
 }
 
-std::optional<at::Tensor> mean_of_pixels(const at::Tensor& input, at::OptionalIntArrayRef dims,
-                                         bool keepdim) {
-  if (!undisturbed() || !input.requires_grad() || input.dim() != 4 || !dims || dims->size() != 2)
+std::optional<at::Tensor> mean_over_pixels(const at::Tensor& input, at::OptionalIntArrayRef dims,
+                                           bool keepdim) {
+  if (as_deferred(input) == nullptr || input.dim() != 4 || !dims || dims->size() != 2)
     return std::nullopt;
-  const auto [low, high] = std::minmax({(dims->at(0) + 4) % 4, (dims->at(1) + 4) % 4});
-  if (low != 2 || high != 3 || !settles_unobserved(input)) return std::nullopt;
-  Through through(kKey);
-  return is_image(input) ? std::optional(pixel_mean(input, keepdim)) : std::nullopt;
+  const auto [low, high] =
+      std::minmax({at::maybe_wrap_dim(dims->at(0), 4), at::maybe_wrap_dim(dims->at(1), 4)});
+  if (low != 2 || high != 3) return std::nullopt;
+  return mean(input, keepdim ? GlobalMean::kMeanKeepDim : GlobalMean::kMean);
 }
 
-std::optional<at::Tensor> average_of_pixels(const at::Tensor& input, at::IntArrayRef output_size) {
-  const bool one =
-      std::all_of(output_size.begin(), output_size.end(), [](auto n) { return n == 1; });
-  if (!undisturbed() || !input.requires_grad() || input.dim() != 4 || output_size.size() > 2 ||
-      output_size.empty() || !one || !settles_unobserved(input))
-    return std::nullopt;
-  Through through(kKey);
-  return is_image(input) ? std::optional(pixel_average(input)) : std::nullopt;
+std::optional<at::Tensor> pooled_to_one(const at::Tensor& input,
+                                        at::OptionalIntArrayRef output_size) {
+  if (input.dim() != 4 || !output_size || !output_size->equals({1, 1})) return std::nullopt;
+  return mean(input, GlobalMean::kPool);
 }
 
 }  // namespace wus::deferral

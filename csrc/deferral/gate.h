@@ -10,10 +10,11 @@ namespace wus::deferral {
 // self * other, of which one is a gate [N, C, 1, 1] of the other, [N, C, H, W].
 std::optional<at::Tensor> times_gate(const at::Tensor& self, const at::Tensor& other);
 
-// Of a chain's output that nobody looks at the gradient of: its mean over all pixels.
-std::optional<at::Tensor> mean_of_pixels(const at::Tensor& input, at::OptionalIntArrayRef dims,
-                                         bool keepdim);
+// Of a chain's output: its mean over H and W.
+std::optional<at::Tensor> mean_over_pixels(const at::Tensor& input, at::OptionalIntArrayRef dims,
+                                           bool keepdim);
 // The same as adaptive_avg_pool2d gives it.
-std::optional<at::Tensor> average_of_pixels(const at::Tensor& input, at::IntArrayRef output_size);
+std::optional<at::Tensor> pooled_to_one(const at::Tensor& input,
+                                        at::OptionalIntArrayRef output_size);
 
 }  // namespace wus::deferral

@@ -16,6 +16,7 @@ FILES = [
     "test_dropout.py",
     "test_batch_norm.py",
     "test_depthwise.py",
+    "test_gate.py",
     "test_linear.py",
     "test_pointwise.py",
     "test_exact_zeros.py",

@@ -26,15 +26,15 @@ def without_dropout(network: Network) -> Network:
 
 
 def of_kernels(network: Network) -> Network:
-    """With no activation but ReLU and no pool but 2x2: others join no chain on a GPU, whereas the
-    emulated one's tensors are the CPU's."""
+    """With no activation but ReLU, so no gate, and no pool but 2x2: others join no chain on a GPU,
+    whereas the emulated one's tensors are the CPU's."""
 
     def relu(part):
         return replace(part, activation=part.activation and "ReLU")
 
     def plain(block: Block) -> Block:
         pool = block.activation and block.pool and Pool("max", 2, 2, 0, False)
-        return replace(relu(block), pool=pool)
+        return replace(relu(block), pool=pool, gate=None)
 
     return Network(
         network.input, tuple(map(plain, network.blocks)), tuple(map(relu, network.layers))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.ops import SqueezeExcitation
 
 import wus_ext
@@ -15,7 +16,7 @@ import wus_ext
 from .chains import images, saved_bytes, worst_error
 from .faithful import agree, twins
 
-GATE, MEAN = "Gate", "PixelMean"
+GATE, MEAN = "Gate", "GlobalMeanFunction"
 MODES = ("skip", "fused")
 
 
@@ -159,39 +160,99 @@ def test_neighbours(name, mode):
 
 
 class Seen(Net):
-    """Somebody looks at the gradient of what is squeezed."""
+    """Somebody looks at the gradient of what is squeezed, before it is or later."""
 
-    def __init__(self, look):
+    def __init__(self, squeeze, look, late):
         super().__init__()
-        self.look = look
+        self.squeeze, self.look, self.late = squeeze, look, late
 
     def forward(self, x):
         x = self.activation(self.norm(self.conv(x)))
-        self.look(self, x, False)
-        y = x.mean((2, 3), True)
-        self.look(self, x, True)
-        return self.last(x * y)
+        if not self.late:
+            self.look(self, x)
+        y = self.squeeze(x)
+        if self.late:
+            self.look(self, x)
+        return self.last(y)
 
 
-def hooked(model, x, behind):
-    if not behind:
-        x.register_hook(lambda g: g.mul_(2))
+SQUEEZES = {
+    "mean alone": lambda x: x.mean((2, 3), True),
+    "pool alone": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "gate": lambda x: x * x.mean((2, 3), True),
+}
 
 
-def retained(model, x, behind):
-    if behind:
-        x.retain_grad()
-        model.inner = x
+def scaled(model, x):
+    x.register_hook(lambda g: g.mul_(2))
+
+
+def held_too(model, x):
+    model.inner = x
+    x.retain_grad()
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("look", [hooked, retained])
-def test_gradients_that_are_looked_at(look, mode):
-    stock, ours = twins(Seen, mode, look)
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+@pytest.mark.parametrize("look", [scaled, held_too])
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_that_are_looked_at(squeeze, look, late, mode):
+    stock, ours = twins(Seen, mode, SQUEEZES[squeeze], look, late)
     agree(stock, ours, images((2, 3, 9, 7)))
-    if look is retained:
+    if look is held_too:
+        assert ours.inner.grad.stride() == stock.inner.grad.stride()
         torch.testing.assert_close(ours.inner.grad, stock.inner.grad, rtol=1e-5, atol=1e-6)
-        ours.inner.grad.mul_(2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+def test_gradients_that_are_asked_for(squeeze, mode):
+    gradients = []
+    x = images((2, 3, 9, 7))
+    for model in twins(Seen, mode, SQUEEZES[squeeze], held_too, True):
+        output = model(x)
+        (grad,) = torch.autograd.grad(output.square().sum(), model.inner)
+        grad[0, 0, 0, 0] = 7
+        gradients.append(grad)
+    assert gradients[0].stride() == gradients[1].stride()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_in_another_layout(mode):
+    """Of an output that is flattened: an image in NCHW."""
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(-1, 1, 3).view(1, 3, 1, 1))
+            self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Linear(192, 4)
+
+        def forward(self, x):
+            return self.head((x * self.scale.expand(len(x), -1, 1, 1)).flatten(1))
+
+    agree(*twins(Flat, mode), images((2, 3, 8, 8)))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("squeeze", [*SQUEEZES, "nothing"])
+def test_where_no_gradient_comes_none_goes(squeeze, mode):
+    """Also through chains: a parameter has no gradient then, not one of zeros."""
+    squeezes = {"nothing": lambda x: x, **SQUEEZES}
+    for model in twins(Seen, mode, squeezes[squeeze], lambda model, x: None, True):
+        x = images((2, 3, 9, 7)).requires_grad_()
+        (NoGradient.apply(model(x)).sum() + x.sum()).backward()
+        assert all(p.grad is None for p in model.parameters())
 
 
 class Alone(Bare):
@@ -246,10 +307,61 @@ def test_stock_full_steps_are_stock_bit_for_bit(kind):
         assert torch.equal(actual.grad, expected.grad)
 
 
-def test_without_gradients_it_is_torch_s():
-    _, ours = twins(Net, "skip")
-    with torch.no_grad():
-        assert ours(images()).grad_fn is None
+def test_a_gate_may_change_where_its_image_needs_no_gradient():
+    def function(x, s):
+        gate = s.sigmoid().expand(len(x), -1, 1, 1).clone()
+        y = x * gate
+        gate.mul_(2)
+        return y
+
+    stock, ours = twins(Bare, "fused", function)
+    for model in (stock, ours):
+        model(images((2, 3, 8, 8))).sum().backward()
+        model.scale.grad = None
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        parts = [torch.randn(3, 5, 4), torch.randn(3, 7, 6)]
+        nested = torch.nested.nested_tensor(parts, requires_grad=True)
+        return self.conv(x) + (nested * 2.0).to_padded_tensor(0.0).sum() * self.scale
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nested_tensors(mode):
+    agree(*twins(Nested, mode), images((2, 3, 8, 8)))
+
+
+BAD = {
+    "mean": lambda x: x.mean((6, 7)),
+    "mean over one": lambda x: x.mean((2, 7)),
+    "pool": lambda x: torch.ops.aten.adaptive_avg_pool2d(x, [1]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_are_refused_as_by_stock(bad):
+    refused = []
+    for model in twins(Seen, "fused", BAD[bad], lambda model, x: None, False):
+        with pytest.raises((IndexError, RuntimeError)) as error:
+            model(images())
+        refused.append((error.type, str(error.value).splitlines()[0]))
+    assert refused[0] == refused[1]
+
+
+def test_symbolic_sizes():
+    def half(x):
+        return F.adaptive_avg_pool2d(x, (x.shape[2] // 2, x.shape[3] // 2))
+
+    for model in twins(Bare, "fused", lambda x, s: half(x)):
+        graph = make_fx(model, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+            images((2, 3, 8, 8))
+        )
+        assert graph(images((2, 3, 8, 8))).shape == (2, 4, 4, 4)
 
 
 class Statistics(nn.Module):

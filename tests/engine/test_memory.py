@@ -59,6 +59,34 @@ def test_a_step_for_the_input_s_gradient_holds_no_more_than_stock_s(model, batch
     assert held(ours, x) <= held(stock, x)
 
 
+def test_another_kind_of_window_drops_what_no_longer_fits():
+    model = wus_ext.convert(network(128))
+    x = images((32, 3, 16, 16)).requires_grad_()
+    kept = []
+    for inputs_only in (False, True):
+        wus_ext.set_skip(model, True, skip_biases=inputs_only)
+        for _ in range(2):
+            model(x).sum().backward()
+        kept.append(wus_ext.packed_bytes(model))
+    fresh = wus_ext.convert(network(128))
+    wus_ext.set_skip(fresh, True, skip_biases=True)
+    for _ in range(2):
+        fresh(x).sum().backward()
+    assert kept[1] == wus_ext.packed_bytes(fresh) < kept[0]
+
+
+@pytest.mark.parametrize("how", ["a window", "requires_grad=False"])
+def test_linear_layers_without_a_gradient_are_counted_so(how):
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+    if how == "a window":
+        wus_ext.set_skip(wus_ext.convert(model), True, skip_biases=True)
+    else:
+        wus_ext.convert(model.requires_grad_(False))
+    model(torch.randn(64, 512, requires_grad=True)).sum().backward()
+    engine = model._skip_engine
+    assert not engine.packed.fits(model[0], ("other",), lambda: model[0].weight.nbytes)
+
+
 def test_without_a_budget_all_is_kept():
     x = images((8, 3, 16, 16))
     sizes = {}

@@ -73,10 +73,11 @@ def convert(
             :func:`measured` hands it on, and what it gave is a value here, too. Rounding of
             ``"f2"`` is that of oneDNN, of ``"f4"`` up to 6e-6 relative.
         memory_budget: bytes that the transformed copies of weights may take. Default ``"auto"``:
-            as many as a step holds less than stock's, in what is saved for backward and, if biases
-            train, in gradients; what does not fit is transformed for each use, in memory that all
-            layers share. A number: layers that do not fit run with a smaller transform or
-            directly. None: no limit, as fast as possible.
+            as many as a step holds less than stock's, in what is saved for backward and, where
+            stock makes them, in gradients of weights; what does not fit is transformed for each
+            use, in memory that all layers share, as large as the largest needs. A number: layers
+            that do not fit run with a smaller transform or directly. None: no limit, as fast as
+            possible.
         fuse: whether chains of layers may run as one (default True). False runs layer by layer.
         full: what runs where weights train: ``"stock"`` (default: stock PyTorch, bit for bit) or
             ``"fused"``: on the CPU in float32 and bfloat16, and on a GPU, the skip step's chains

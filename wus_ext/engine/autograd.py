@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,21 +19,24 @@ from .support import is_batched
 
 ops = torch.ops.wus
 
-Gradients = TypeVar("Gradients")
 
+def first_order(
+    backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+) -> Callable[[Any, Tensor | None], tuple[Tensor | None, ...]]:
+    """A backward of one gradient without a derivative of its own says so, whatever was asked.
 
-def first_order(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
-    """A backward of one gradient without a derivative of its own says so, whatever was asked."""
+    Of a gradient that there is not, it makes none.
+    """
 
     @wraps(backward)
-    def checked(ctx: Any, grad: Tensor) -> Gradients:
+    def checked(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a fused step, and one through fused layers whose weights are at "
                 "requires_grad=False, has no second derivative (create_graph=True); "
                 "convert the model with fuse=False and full='stock'"
             )
-        return backward(ctx, grad)
+        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad)
 
     return checked
 
@@ -85,6 +88,7 @@ class LinearAct(torch.autograd.Function):
         else:  # of dropout, whose activation is ReLU
             output, mask = ops.relu_dropout_mask(output, p, noise=noise)
         ctx.save_for_backward(mask, *to_save(ctx, input, 2, weight))
+        ctx.set_materialize_grads(False)
         ctx.product, ctx.act, ctx.p = product, act, p
         return output
 
@@ -117,6 +121,7 @@ class Dropout(torch.autograd.Function):
         # In two dimensions, which the kernels do not turn into channels_last.
         ctx.flat = input.dim() == 4 and input.is_contiguous()
         output, mask = ops.dropout_mask(input.flatten(1) if ctx.flat else input, p)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask)
         ctx.p = p
         return output.view(input.shape) if ctx.flat else output

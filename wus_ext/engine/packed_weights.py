@@ -111,6 +111,8 @@ class PackedWeights:
         if nbytes != before:
             self._savings[layer] = nbytes
             self._saved += nbytes - before
+        if nbytes < before:
+            self._make_room()
 
     def fits(
         self, layer: nn.Module, names: Collection[Hashable], nbytes: Callable[[], int]
@@ -161,7 +163,7 @@ class PackedWeights:
         self._workspace.buffer = None
 
     def _make_room(self) -> None:
-        """Drops what was kept last, where memory for one use goes over what the layers save."""
+        """Drops what was kept last, where all together goes over what the layers save."""
         layers = list(self._layers) if self.budget == "auto" else []
         while layers and self.nbytes() > self._saved:
             self._layers.pop(layers.pop(), None)

@@ -11,7 +11,8 @@ namespace wus::cpu {
 // Serial, of dense rows [rows, channels] of one image.
 template <class T>
 struct GateKernels {
-  // grad_input = grad * gate, unless it is null; sums[c] += grad * input, unless they are null.
+  // grad_input = grad * gate where there is a gate; sums[c] += grad * input where there is an
+  // input.
   void (*backward)(const T* grad, const T* input, const T* gate, int64_t rows, int64_t channels,
                    T* grad_input, double* sums);
 };

@@ -7,24 +7,12 @@ namespace gate {
 template <class T>
 void backward(const T* grad, const T* input, const T* gate, int64_t rows, int64_t channels,
               T* grad_input, double* sums) {
-  const auto store_product = [=](int64_t i, int64_t c, int lanes, Vec g) WUS_INLINE_LAMBDA {
-    store(grad_input + i, g * load(gate + c, lanes), lanes);
-  };
-  if (sums == nullptr) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for_channels(channels, [=](int64_t c, int lanes) WUS_INLINE_LAMBDA {
-        const int64_t i = r * channels + c;
-        store_product(i, c, lanes, load(grad + i, lanes));
-      });
-    }
-    return;
-  }
   sum_rows<1>(rows, channels, sums,
               [=](int64_t r, int64_t c, int lanes, Vec* total) WUS_INLINE_LAMBDA {
                 const int64_t i = r * channels + c;
                 const Vec g = load(grad + i, lanes);
-                total[0] += g * load(input + i, lanes);
-                if (grad_input != nullptr) store_product(i, c, lanes, g);
+                if (input != nullptr) total[0] += g * load(input + i, lanes);
+                if (gate != nullptr) store(grad_input + i, g * load(gate + c, lanes), lanes);
               });
 }
 
