@@ -42,7 +42,7 @@ class Gate : public torch::autograd::Function<Gate> {
     const Tensor& grad = grads[0];
     if (!grad.defined()) return {Tensor(), Tensor()};
     const auto saved = context->get_saved_variables();
-    const auto wanted = [&](int argument) {
+    const auto wanted = [&](int argument) {  // each one's gradient is made of the other
       return context->needs_input_grad(argument) ? OptionalTensor(saved[1 - argument])
                                                  : std::nullopt;
     };
