@@ -32,11 +32,10 @@ bool is_gate_of(const at::Tensor& gate, const at::Tensor& image) {
          gate.scalar_type() == image.scalar_type() && gate.device().is_cpu();
 }
 
-// The mean of a chain's output of which nobody has asked for a gradient before it was computed.
+// The mean of a chain's output.
 std::optional<at::Tensor> mean(const at::Tensor& input, GlobalMean kind) {
   Deferred* deferred = as_deferred(input);
-  if (deferred == nullptr || deferred->is_observed() || !undisturbed() || !input.requires_grad())
-    return std::nullopt;
+  if (deferred == nullptr || !undisturbed() || !input.requires_grad()) return std::nullopt;
   deferred->settle();
   Through through(kKey);
   return is_image(input) ? std::optional(global_mean(input, kind)) : std::nullopt;

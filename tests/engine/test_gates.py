@@ -218,20 +218,27 @@ def test_gradients_that_are_asked_for(squeeze, mode):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_gradient_in_another_layout(mode):
-    """Of an output that is flattened: an image in NCHW."""
+class Flat(nn.Module):
+    """Its image's gradient comes back in NCHW."""
 
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.linspace(-1, 1, 3).view(1, 3, 1, 1))
-            self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Linear(192, 4)
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(-1, 1, 3).view(1, 3, 1, 1))
+        self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Linear(192, 4)
 
-        def forward(self, x):
-            return self.head((x * self.scale.expand(len(x), -1, 1, 1)).flatten(1))
+    def forward(self, x):
+        return self.head((x * self.scale.expand(len(x), -1, 1, 1)).flatten(1))
 
-    agree(*twins(Flat, mode), images((2, 3, 8, 8)))
+
+def test_a_gradient_in_another_layout():
+    gradients = []
+    image = images((2, 3, 8, 8))
+    for model in twins(Flat, "fused"):
+        x = image.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(model(x).square().sum(), [x, model.scale]))
+    for expected, actual in zip(*gradients, strict=True):
+        assert actual.stride() == expected.stride()
+        torch.testing.assert_close(actual, expected)
 
 
 class NoGradient(torch.autograd.Function):
@@ -244,15 +251,30 @@ class NoGradient(torch.autograd.Function):
         return None
 
 
+LAYERS = {
+    "linear": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+    "dropout": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8)),
+    "dropout alone": lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout()),
+    "3-D linear": lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 4), nn.Flatten()),
+    "conv1d": lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 1), nn.Flatten()),
+}
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("squeeze", [*SQUEEZES, "nothing"])
-def test_where_no_gradient_comes_none_goes(squeeze, mode):
-    """Also through chains: a parameter has no gradient then, not one of zeros."""
-    squeezes = {"nothing": lambda x: x, **SQUEEZES}
-    for model in twins(Seen, mode, squeezes[squeeze], lambda model, x: None, True):
-        x = images((2, 3, 9, 7)).requires_grad_()
+@pytest.mark.parametrize("name", [*SQUEEZES, "nothing", *LAYERS])
+def test_where_no_gradient_comes_none_goes(name, mode):
+    """Also through chains and layers: a parameter has no gradient then, not one of zeros."""
+    if name in LAYERS:
+        models, image = twins(LAYERS[name], mode), torch.randn(4, 8)
+    else:
+        squeeze = {"nothing": lambda x: x, **SQUEEZES}[name]
+        models = twins(Seen, mode, squeeze, lambda model, x: None, True)
+        image = images((2, 3, 9, 7))
+    for model in models:
+        x = image.clone().requires_grad_()
         (NoGradient.apply(model(x)).sum() + x.sum()).backward()
         assert all(p.grad is None for p in model.parameters())
+        assert torch.equal(x.grad, torch.ones_like(x))
 
 
 class Alone(Bare):
@@ -372,8 +394,9 @@ class Statistics(nn.Module):
         self.conv, self.norm, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)
 
     def forward(self, x):
+        gate = self.norm.running_mean.view(1, -1, 1, 1)
         y = self.norm(self.conv(x))
-        return self.last(x * self.norm.running_mean.view(1, -1, 1, 1)) + self.last(y)
+        return self.last(x * gate) + self.last(y)
 
 
 @pytest.mark.parametrize("mode", MODES)
