@@ -103,7 +103,7 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto state = first_order(context);
-    if (!grads[0].defined()) return variable_list(5);
+    if (!grads[0].defined()) return variable_list(kArguments);
     const auto saved = context->get_saved_variables();
     const auto needs = [&](int argument) { return state->arguments.needs(argument, *context); };
     const Trained trained = needs(kWeight) ? trained_from(saved, 1) : Trained{};
@@ -111,6 +111,9 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
                                                             needs(kInput), needs(kBias), trained);
     return {input, needs(kBias) ? bias : Tensor(), weight, Tensor(), Tensor()};
   }
+
+ private:
+  enum { kAlgorithm = kWeight + 1, kAct, kArguments };
 };
 
 // act(conv(input) + bias + residual); saves the same.
@@ -129,7 +132,7 @@ class ConvAddAct : public torch::autograd::Function<ConvAddAct> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto state = first_order(context);
-    if (!grads[0].defined()) return variable_list(6);
+    if (!grads[0].defined()) return variable_list(kArguments);
     const auto saved = context->get_saved_variables();
     const auto needs = [&](int argument) { return state->arguments.needs(argument, *context); };
     const bool input = needs(kInput), weight = needs(kWeight), residual = needs(kResidual);
@@ -145,7 +148,7 @@ class ConvAddAct : public torch::autograd::Function<ConvAddAct> {
   }
 
  private:
-  enum { kResidual = kWeight + 1 };
+  enum { kResidual = kWeight + 1, kAlgorithm, kAct, kArguments };
 };
 
 // act(batch_norm(conv(input) + bias) + residual) with batch statistics.

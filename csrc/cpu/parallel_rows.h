@@ -65,53 +65,42 @@ void for_rows(int64_t rows, int64_t channels, const Body& body) {
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, channels)), body);
 }
 
-// Rows of a range that is summed by itself. It follows from the shape alone and ranges' sums are
-// added in order, so that the result does not depend on the number of threads.
-inline int64_t rows_of_a_sum(int64_t channels) {
-  constexpr int64_t kMultiple = 64;
-  const int64_t rows = kGrain / std::max<int64_t>(1, channels);
-  return std::max<int64_t>(1, (rows + kMultiple - 1) / kMultiple) * kMultiple;
-}
-
-// Sums over rows: body(begin, end, sums) adds the rows of its range to sums[width] of double.
-// Returns a float64 tensor [width].
-template <class Body>
-at::Tensor sum_over_rows(int64_t rows, int64_t channels, int64_t width, const Body& body) {
-  const int64_t step = rows_of_a_sum(channels);
-  const int64_t ranges = std::max<int64_t>(1, (rows + step - 1) / step);
-  at::Tensor partial = at::zeros({ranges, width}, at::kDouble);
-  double* sums = partial.data_ptr<double>();
-  at::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      body(i * step, std::min(rows, (i + 1) * step), sums + i * width);
-    }
-  });
-  for (int64_t i = 1; i < ranges; ++i) {
-    for (int64_t c = 0; c < width; ++c) sums[c] += sums[i * width + c];
-  }
-  return partial.select(0, 0);
-}
-
 // Sums over the rows of each image: body(image, begin, end, sums) adds rows of that image, which
-// are counted over all images, to sums[channels] of double. Returns float64 [images, channels].
+// are counted over all images, to sums[width] of double. Ranges follow from the shape alone and
+// their sums are added in order, so that the result does not depend on the number of threads.
+// Returns a float64 tensor [images, width].
 template <class Body>
-at::Tensor sum_over_images(int64_t images, int64_t rows, int64_t channels, const Body& body) {
-  const int64_t step = rows_of_a_sum(channels);
+at::Tensor sum_over_images(int64_t images, int64_t rows, int64_t channels, int64_t width,
+                           const Body& body) {
+  constexpr int64_t kMultiple = 64;
+  int64_t step = kGrain / std::max<int64_t>(1, channels);
+  step = std::max<int64_t>(1, (step + kMultiple - 1) / kMultiple) * kMultiple;
   const int64_t ranges = std::max<int64_t>(1, (rows + step - 1) / step);
-  at::Tensor partial = at::zeros({images, ranges, channels}, at::kDouble);
+  at::Tensor partial = at::zeros({images, ranges, width}, at::kDouble);
   double* sums = partial.data_ptr<double>();
   at::parallel_for(0, images * ranges, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t image = i / ranges, begin = i % ranges * step;
       body(image, image * rows + begin, image * rows + std::min(rows, begin + step),
-           sums + i * channels);
+           sums + i * width);
     }
   });
   for (int64_t image = 0; image < images; ++image) {
-    double* total = sums + image * ranges * channels;
-    for (int64_t i = channels; i < ranges * channels; ++i) total[i % channels] += total[i];
+    double* total = sums + image * ranges * width;
+    for (int64_t i = 1; i < ranges; ++i) {
+      for (int64_t c = 0; c < width; ++c) total[c] += total[i * width + c];
+    }
   }
   return partial.select(1, 0);
+}
+
+// The same over all rows: body(begin, end, sums). Returns a float64 tensor [width].
+template <class Body>
+at::Tensor sum_over_rows(int64_t rows, int64_t channels, int64_t width, const Body& body) {
+  return sum_over_images(
+             1, rows, channels, width,
+             [&](int64_t, int64_t begin, int64_t end, double* sums) { body(begin, end, sums); })
+      .select(0, 0);
 }
 
 }  // namespace wus::cpu

@@ -46,6 +46,12 @@ void before_use(const at::Tensor& tensor, bool written) {
 // Around the operator itself, behind which nothing is deferred.
 using Through = c10::impl::ExcludeDispatchKeyGuard;
 
+// Whether operators of ours may stand for torch's, where gradients are taken.
+bool is_undisturbed() {
+  const Session* session = Session::current();
+  return session != nullptr && session->undisturbed() && at::GradMode::is_enabled();
+}
+
 // An activation that a chain takes in, else the operator itself.
 template <class Stock>
 at::Tensor activate(const at::Tensor& self, Act act, const Stock& stock) {
@@ -136,28 +142,30 @@ at::Tensor& add_(at::Tensor& self, const at::Tensor& other, const at::Scalar& al
 }
 
 at::Tensor mul(const at::Tensor& self, const at::Tensor& other) {
-  if (auto output = times_gate(self, other)) return *output;
+  const bool ours = is_undisturbed();
   before_use(self, false);
   before_use(other, false);
   Through through(kKey);
-  return at::mul(self, other);
+  const auto output = ours ? times_gate(self, other) : std::nullopt;
+  return output ? *output : at::mul(self, other);
 }
 
 at::Tensor mean(const at::Tensor& self, at::OptionalIntArrayRef dims, bool keepdim,
                 std::optional<at::ScalarType> dtype) {
-  if (!dtype) {
-    if (auto output = mean_over_pixels(self, dims, keepdim)) return *output;
-  }
+  const bool ours = !dtype && as_deferred(self) != nullptr && is_undisturbed();
   before_use(self, false);
   Through through(kKey);
-  return at::mean(self, dims, keepdim, dtype);
+  const auto output = ours ? mean_over_pixels(self, dims, keepdim) : std::nullopt;
+  return output ? *output : at::mean(self, dims, keepdim, dtype);
 }
 
 at::Tensor adaptive_avg_pool2d(const at::Tensor& self, c10::SymIntArrayRef output_size) {
-  if (auto output = pooled_to_one(self, c10::asIntArrayRefSlowOpt(output_size))) return *output;
+  const bool ours = as_deferred(self) != nullptr && is_undisturbed();
   before_use(self, false);
   Through through(kKey);
-  return at::adaptive_avg_pool2d_symint(self, output_size);
+  const auto output =
+      ours ? pooled_to_one(self, c10::asIntArrayRefSlowOpt(output_size)) : std::nullopt;
+  return output ? *output : at::adaptive_avg_pool2d_symint(self, output_size);
 }
 
 at::Tensor max_pool2d(const at::Tensor& self, at::IntArrayRef kernel_size, at::IntArrayRef stride,

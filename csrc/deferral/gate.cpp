@@ -6,18 +6,9 @@
 
 #include "autograd/gate.h"
 #include "deferral/deferred.h"
-#include "deferral/session.h"
 
 namespace wus::deferral {
 namespace {
-
-using Through = c10::impl::ExcludeDispatchKeyGuard;
-
-// Whether operators of ours may stand for torch's.
-bool undisturbed() {
-  const Session* session = Session::current();
-  return session != nullptr && session->undisturbed() && at::GradMode::is_enabled();
-}
 
 // An image that our kernels take, in a layout that leaves no strides open.
 bool is_image(const at::Tensor& t) {
@@ -32,24 +23,15 @@ bool is_gate_of(const at::Tensor& gate, const at::Tensor& image) {
          gate.scalar_type() == image.scalar_type() && gate.device().is_cpu();
 }
 
-// The mean of a chain's output.
-std::optional<at::Tensor> mean(const at::Tensor& input, GlobalMean kind) {
-  Deferred* deferred = as_deferred(input);
-  if (deferred == nullptr || !undisturbed() || !input.requires_grad()) return std::nullopt;
-  deferred->settle();
-  Through through(kKey);
-  return is_image(input) ? std::optional(global_mean(input, kind)) : std::nullopt;
+std::optional<at::Tensor> mean(const at::Tensor& image, GlobalMean kind) {
+  if (!image.requires_grad() || !is_image(image)) return std::nullopt;
+  return global_mean(image, kind);
 }
 
 }  // namespace
 
 std::optional<at::Tensor> times_gate(const at::Tensor& self, const at::Tensor& other) {
-  if (!undisturbed() || !(self.requires_grad() || other.requires_grad())) return std::nullopt;
-  for (const auto* tensor : {&self, &other}) {
-    if (Deferred* deferred = as_deferred(*tensor)) deferred->settle();
-    Session::current()->before_use(*tensor, false);
-  }
-  Through through(kKey);
+  if (!self.requires_grad() && !other.requires_grad()) return std::nullopt;
   if (is_image(self) && is_gate_of(other, self)) return gated(self, other);
   if (is_image(other) && is_gate_of(self, other)) return gated(other, self);
   return std::nullopt;
@@ -57,8 +39,7 @@ std::optional<at::Tensor> times_gate(const at::Tensor& self, const at::Tensor& o
 
 std::optional<at::Tensor> mean_over_pixels(const at::Tensor& input, at::OptionalIntArrayRef dims,
                                            bool keepdim) {
-  if (as_deferred(input) == nullptr || input.dim() != 4 || !dims || dims->size() != 2)
-    return std::nullopt;
+  if (input.dim() != 4 || !dims || dims->size() != 2) return std::nullopt;
   const auto [low, high] =
       std::minmax({at::maybe_wrap_dim(dims->at(0), 4), at::maybe_wrap_dim(dims->at(1), 4)});
   if (low != 2 || high != 3) return std::nullopt;

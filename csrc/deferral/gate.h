@@ -1,6 +1,6 @@
 #pragma once
-// Squeeze-and-excitation between chains: means of maps, and maps times a gate, which run by
-// themselves, at once; nothing where torch's own operator must.
+// Squeeze-and-excitation between chains, of tensors that are computed: means of maps, and maps
+// times a gate; nothing where torch's own operator must run.
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -10,7 +10,7 @@ namespace wus::deferral {
 // self * other, of which one is a gate [N, C, 1, 1] of the other, [N, C, H, W].
 std::optional<at::Tensor> times_gate(const at::Tensor& self, const at::Tensor& other);
 
-// Of a chain's output: its mean over H and W.
+// The mean over H and W.
 std::optional<at::Tensor> mean_over_pixels(const at::Tensor& input, at::OptionalIntArrayRef dims,
                                            bool keepdim);
 // The same as adaptive_avg_pool2d gives it.

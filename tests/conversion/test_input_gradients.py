@@ -15,6 +15,7 @@ from tests.conversion.controlled import pair
 from tests.conversion.skipping import BIASES, Net, backward, images, net, with_gradient
 from tests.engine.chains import (
     CHAINS,
+    gradient_functions,
     relative_error,
     run,
     saved_bytes,
@@ -24,16 +25,8 @@ from tests.engine.chains import images as program_images
 
 def chains_in_backward(output: torch.Tensor) -> int:
     """How many fused chains a backward pass of this output goes through."""
-    seen, waiting = set(), [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return sum(
-        any(kind in node.name() for kind in ("ConvAct", "ConvAddAct", "ConvNormAct", "LinearAct"))
-        for node in seen
-    )
+    kinds = "ConvAct", "ConvAddAct", "ConvNormAct", "LinearAct"
+    return sum(any(kind in name for kind in kinds) for name in gradient_functions(output))
 
 
 def test_no_backward_through_first_layers_that_stand_still():

@@ -82,6 +82,17 @@ class Dense(nn.Module):
         return torch.cat([x, self.conv2(F.relu(self.norm2(y)))], 1)
 
 
+def gradient_functions(output):
+    """The names of all functions that a backward pass of a tensor goes through."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
 CHANNELS = 16
 
 CHAINS = {

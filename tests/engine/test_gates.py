@@ -13,7 +13,7 @@ from torchvision.ops import SqueezeExcitation
 
 import wus_ext
 
-from .chains import images, saved_bytes, worst_error
+from .chains import gradient_functions, images, saved_bytes, worst_error
 from .faithful import agree, twins
 
 GATE, MEAN = "Gate", "GlobalMeanFunction"
@@ -65,13 +65,7 @@ class Net(nn.Module):
 
 def nodes(output):
     """The gradient functions behind a tensor that are ours, by the end of their names."""
-    seen, left = set(), [output.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            left += [following for following, _ in node.next_functions]
-    names = [node.name().split("::")[-1].rstrip(">") for node in seen]
+    names = [name.split("::")[-1].rstrip(">") for name in gradient_functions(output)]
     return sorted(name for name in names if name in (GATE, MEAN))
 
 

@@ -37,14 +37,15 @@ std::tuple<at::Tensor, at::Tensor> gate_grad(const at::Tensor& grad_output,
     const T *g = data<T>(grad), *in = data<T>(x), *s = data<T>(factor);
     T* out = gate ? mutable_data<T>(grad_input) : nullptr;
     const int64_t rows = grad.size(2) * grad.size(3);
-    const at::Tensor sums = sum_over_images(
-        images, rows, channels, [&](int64_t image, int64_t begin, int64_t end, double* sums) {
-          const int64_t i = begin * channels;
-          WUS_DISPATCH(gate_kernels<T>())
-              .backward(g + i, in == nullptr ? nullptr : in + i,
-                        s == nullptr ? nullptr : s + image * channels, end - begin, channels,
-                        out == nullptr ? nullptr : out + i, sums);
-        });
+    const at::Tensor sums =
+        sum_over_images(images, rows, channels, /*width=*/channels,
+                        [&](int64_t image, int64_t begin, int64_t end, double* sums) {
+                          const int64_t i = begin * channels;
+                          WUS_DISPATCH(gate_kernels<T>())
+                              .backward(g + i, in == nullptr ? nullptr : in + i,
+                                        s == nullptr ? nullptr : s + image * channels, end - begin,
+                                        channels, out == nullptr ? nullptr : out + i, sums);
+                        });
     if (!input) return std::make_tuple(grad_input, nothing(grad, kTypeOf<T>));
     return std::make_tuple(grad_input, sums.to(grad.scalar_type()).view(one));
   });
